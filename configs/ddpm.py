@@ -1,0 +1,36 @@
+"""DDPM in pixels: class-conditional noise prediction with self- and cross-attention, sampled with DDIM.
+
+    python -m jaxdiff.main --config=configs/ddpm.py                # handwritten digits, on a CPU
+    python -m jaxdiff.main --config=configs/ddpm.py:imagenet100    # ImageNet-100 at 128x128, on GPUs
+
+Also `:cifar10` and `:folder` (with --config.data.path=FOLDER). Times and results: README.md, "Configs".
+"""
+
+from ml_collections import ConfigDict
+
+from jaxdiff.config import fields
+
+
+def get_config(dataset: str = "digits") -> ConfigDict:
+    """The experiment on a data set in `jaxdiff.config.DATASETS`."""
+    config = fields.base("ddpm", dataset)
+    config.update(fields.recipe())
+    config.model = fields.unet()
+    config.diffusion = fields.diffusion()
+    config.sample = fields.sample()
+    config.eval = fields.evaluation()
+
+    if dataset == "digits":
+        config.model.update(
+            channels=32, channel_mult=(1, 2, 2), num_res_blocks=1, attention_resolutions=(8,), head_dim=32
+        )
+        config.update(epochs=0.0, steps=1500, batch_size=32, lr=1e-3, warmup_steps=100, ema_decay=0.995)
+        config.update(sample_every=500, checkpoint_every=500)
+        config.eval.scores = ("knn_accuracy",)
+    elif dataset == "cifar10":
+        config.model.update(attention_resolutions=(16,))
+        config.update(epochs=200.0, lr=2e-4)
+    else:
+        config.model.update(channel_mult=(1, 1, 2, 3, 4), attention_resolutions=(16, 8))
+        config.update(batch_size=64)
+    return config

@@ -1,0 +1,52 @@
+"""From config fields to networks and schedules: the one place where their names meet."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from jaxdiff.diffusion import Schedule, make_schedule
+from jaxdiff.models import AutoencoderKL, UNet
+
+
+def compute_dtype(config: ConfigDict) -> Any:
+    """`config.dtype`, where auto is bfloat16 on a GPU and float32 elsewhere."""
+    if config.dtype == "auto":
+        return jnp.bfloat16 if jax.default_backend() == "gpu" else jnp.float32
+    return jnp.dtype(config.dtype)
+
+
+def build_autoencoder(config: ConfigDict) -> AutoencoderKL:
+    """The network of `config.autoencoder`."""
+    a = config.autoencoder
+    return AutoencoderKL(
+        latent_channels=a.latent_channels,
+        channels=a.channels,
+        channel_mult=tuple(a.channel_mult),
+        num_res_blocks=a.num_res_blocks,
+        dtype=compute_dtype(config),
+    )
+
+
+def build_unet(config: ConfigDict, channels: int, num_classes: int) -> UNet:
+    """The network of `config.model` for arrays of `channels` channels and labels of `num_classes` classes."""
+    m = config.model
+    return UNet(
+        out_channels=channels,
+        channels=m.channels,
+        channel_mult=tuple(m.channel_mult),
+        num_res_blocks=m.num_res_blocks,
+        attention_resolutions=tuple(m.attention_resolutions),
+        head_dim=m.head_dim,
+        num_classes=num_classes,
+        context_tokens=m.context_tokens,
+        dropout=m.dropout,
+        dtype=compute_dtype(config),
+    )
+
+
+def build_schedule(config: ConfigDict) -> Schedule:
+    """The noise schedule of `config.diffusion`."""
+    d = config.diffusion
+    return make_schedule(d.schedule, d.num_steps, beta_start=d.beta_start, beta_end=d.beta_end)

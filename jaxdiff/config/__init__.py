@@ -1,0 +1,1 @@
+"""Configs: their fields, their check, and their files."""

@@ -1,0 +1,146 @@
+"""The check of a config before anything compiles."""
+
+import difflib
+from collections.abc import Collection
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from jaxdiff.data.sources import SOURCES
+from jaxdiff.diffusion import SAMPLERS, SCHEDULES, SPACINGS
+from jaxdiff.errors import ConfigError
+from jaxdiff.evaluation.scores import SCORES
+
+EXPERIMENTS = ("ldm", "ddpm", "vae")
+
+
+def require(ok: bool, field: str, value: Any, allowed: str) -> None:
+    """ConfigError "config.<field> = <value>: must be <allowed>" unless `ok`."""
+    if not ok:
+        raise ConfigError(f"config.{field} = {value!r}: must be {allowed}")
+
+
+def _one_of(config: ConfigDict, field: str, allowed: Collection[str]) -> None:
+    value = _get(config, field)
+    close = difflib.get_close_matches(str(value), allowed, 1)
+    hint = f" (did you mean {close[0]!r}?)" if close else ""
+    require(value in allowed, field, value, f"one of {', '.join(allowed)}{hint}")
+
+
+def _at_least(config: ConfigDict, bound: float, *fields: str) -> None:
+    for field in fields:
+        value = _get(config, field)
+        require(value >= bound, field, value, f"at least {bound}")
+
+
+def _get(config: ConfigDict, field: str) -> Any:
+    for part in field.split("."):
+        config = config[part]
+    return config
+
+
+def validate(config: ConfigDict, num_devices: int) -> None:
+    """ConfigError with one line that names the first field whose value is impossible or contradicts another."""
+    _one_of(config, "experiment", EXPERIMENTS)
+    _one_of(config, "dtype", ("auto", "float32", "bfloat16"))
+    _one_of(config, "data.source", tuple(SOURCES))
+    _at_least(config, 8, "data.image_size")
+    _at_least(config, 1, "data.threads")
+    if config.data.source == "folder":
+        require(bool(config.data.path), "data.path", config.data.path, "a folder with {train,val}/<class>/*.jpg")
+
+    _validate_recipe(config, "", num_devices)
+    size, name = config.data.image_size, "data.image_size"
+    if "autoencoder" in config:
+        factor = _validate_autoencoder(config)
+        size, name = size // factor, f"data.image_size / {factor}"
+        if config.experiment == "ldm" and not config.autoencoder.path:
+            _validate_recipe(config, "autoencoder.train.", num_devices)
+    if "model" in config:
+        _validate_unet(config, size, name)
+        _validate_diffusion(config)
+        validate_sample(config, num_devices)
+        for score in config.eval.scores:
+            require(score in SCORES, "eval.scores", score, f"among {', '.join(SCORES)}")
+
+
+def _validate_recipe(config: ConfigDict, prefix: str, num_devices: int) -> None:
+    _at_least(
+        config,
+        1,
+        *(prefix + f for f in ("batch_size", "accumulate", "log_every", "checkpoint_every", "keep")),
+    )
+    _at_least(config, 0, *(prefix + f for f in ("epochs", "steps", "warmup_steps", "weight_decay", "sample_every")))
+    r = _get(config, prefix[:-1]) if prefix else config
+    require(r.lr > 0, f"{prefix}lr", r.lr, "positive")
+    require(r.clip_norm > 0, f"{prefix}clip_norm", r.clip_norm, "positive")
+    require(0 <= r.ema_decay < 1, f"{prefix}ema_decay", r.ema_decay, "in [0, 1)")
+    one = (r.epochs > 0) != (r.steps > 0)
+    require(one, f"{prefix}epochs", r.epochs, f"0 or {prefix}steps = {r.steps} must be 0, and not both")
+    parts = num_devices * r.accumulate
+    allowed = f"a multiple of {parts} ({num_devices} devices x {prefix}accumulate {r.accumulate})"
+    require(r.batch_size % parts == 0, f"{prefix}batch_size", r.batch_size, allowed)
+
+
+def _validate_autoencoder(config: ConfigDict) -> int:
+    a = config.autoencoder
+    _at_least(config, 1, "autoencoder.channels", "autoencoder.num_res_blocks", "autoencoder.latent_channels")
+    require(len(a.channel_mult) > 0, "autoencoder.channel_mult", a.channel_mult, "not empty")
+    factor = 2 ** (len(a.channel_mult) - 1)
+    size = config.data.image_size
+    require(size % factor == 0, "data.image_size", size, f"a multiple of the autoencoder's downsampling, {factor}")
+    return factor
+
+
+def _validate_unet(config: ConfigDict, size: int, size_name: str) -> None:
+    m = config.model
+    _at_least(config, 1, "model.channels", "model.num_res_blocks", "model.head_dim")
+    _at_least(config, 0, "model.context_tokens")
+    require(0 <= m.dropout < 1, "model.dropout", m.dropout, "in [0, 1)")
+    require(len(m.channel_mult) > 0, "model.channel_mult", m.channel_mult, "not empty")
+    deepest = 2 ** (len(m.channel_mult) - 1)
+    allowed = f"shorter: {size_name} = {size} is not a multiple of 2^(levels - 1) = {deepest}"
+    require(size % deepest == 0, "model.channel_mult", m.channel_mult, allowed)
+    widths = {size // 2**i: m.channels * mult for i, mult in enumerate(m.channel_mult)}
+    for r in m.attention_resolutions:
+        allowed = f"among the resolutions of the UNet, {', '.join(map(str, widths))}"
+        require(r in widths, "model.attention_resolutions", r, allowed)
+    for r in {*m.attention_resolutions, min(widths)}:
+        allowed = f"a divisor of the {widths[r]} channels at resolution {r}"
+        require(widths[r] % m.head_dim == 0, "model.head_dim", m.head_dim, allowed)
+
+
+def _validate_diffusion(config: ConfigDict) -> None:
+    d = config.diffusion
+    _one_of(config, "diffusion.schedule", tuple(SCHEDULES))
+    _at_least(config, 2, "diffusion.num_steps")
+    require(
+        0 < d.beta_start < d.beta_end < 1,
+        "diffusion.beta_start",
+        d.beta_start,
+        f"in (0, beta_end = {d.beta_end})",
+    )
+    require(0 <= d.label_dropout < 1, "diffusion.label_dropout", d.label_dropout, "in [0, 1)")
+
+
+def validate_sample(config: ConfigDict, num_devices: int) -> None:
+    """The check of the fields `sample`, which --mode=sample repeats after its changes."""
+    s, d = config.sample, config.diffusion
+    _one_of(config, "sample.sampler", tuple(SAMPLERS))
+    _one_of(config, "sample.spacing", tuple(SPACINGS))
+    _one_of(config, "sample.weights", ("ema", "raw"))
+    _one_of(config, "sample.format", ("npz", "png"))
+    require(1 <= s.steps <= d.num_steps, "sample.steps", s.steps, f"in 1..{d.num_steps} (diffusion.num_steps)")
+    require(0 <= s.eta <= 1, "sample.eta", s.eta, "in [0, 1]")
+    require(s.eta == 0 or s.sampler == "ddim", "sample.eta", s.eta, f"0 with sample.sampler = {s.sampler!r}")
+    require(s.guidance >= 0, "sample.guidance", s.guidance, "at least 0 (w in (1+w) cond - w uncond)")
+    trained = s.guidance == 0 or d.label_dropout > 0
+    require(
+        trained,
+        "sample.guidance",
+        s.guidance,
+        "0 with diffusion.label_dropout = 0, which trains no null class",
+    )
+    _at_least(config, 1, "sample.num", "sample.batch_size")
+    allowed = f"a multiple of the {num_devices} devices"
+    require(s.batch_size % num_devices == 0, "sample.batch_size", s.batch_size, allowed)

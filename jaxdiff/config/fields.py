@@ -1,0 +1,145 @@
+"""The fields of a config with their defaults and meaning, and the data sets by name."""
+
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from jaxdiff.errors import ConfigError
+
+DATASETS: dict[str, dict[str, Any]] = {
+    "digits": dict(source="digits", image_size=32, flip=False),
+    "cifar10": dict(source="folder", path="data/cifar10", image_size=32, flip=True),
+    "imagenet100": dict(source="folder", path="data/imagenet100", image_size=128, flip=True),
+    "folder": dict(source="folder", image_size=128, flip=True),
+}
+
+
+def base(experiment: str, dataset: str) -> ConfigDict:
+    """Fields that every experiment has. `dataset` is a name in `DATASETS`; ConfigError for any other."""
+    if dataset not in DATASETS:
+        raise ConfigError(f"--config=...:{dataset}: the data set must be one of {', '.join(DATASETS)}")
+    config = ConfigDict()
+    config.name = f"{experiment}-{dataset}"  # the default workdir is runs/<name>
+    config.experiment = experiment
+    config.seed = 0  # of initialisation, data order and training noise
+    config.dtype = "auto"  # of the computation: float32, bfloat16, or auto (bfloat16 on GPU)
+
+    config.data = data = ConfigDict()
+    data.source = ""  # digits or folder
+    data.path = ""  # folder: where {train,val}/<class>/*.jpg are
+    data.image_size = 0  # pixels; images are cropped to a square
+    data.flip = True  # random horizontal mirroring
+    data.threads = 8  # that read and decode
+    data.cache_gb = 4.0  # a folder that takes less, decoded, is kept in memory
+    data.update(DATASETS[dataset])
+    return config
+
+
+def recipe() -> ConfigDict:
+    """Fields of one training stage: the mission's AdamW recipe."""
+    return ConfigDict(
+        dict(
+            batch_size=128,  # global, over all devices and accumulated parts
+            accumulate=1,  # parts that a batch is computed in, one after the other
+            epochs=50.0,  # over the training images; 0 = as many as `steps` says
+            steps=0,  # optimiser steps; 0 = as many as `epochs` says
+            lr=1e-4,  # peak; cosine annealing to 0 at the last step
+            warmup_steps=0,  # of linear increase from 0
+            weight_decay=1e-4,
+            clip_norm=1.0,  # global gradient norm above which gradients are scaled down
+            ema_decay=0.9999,  # warmed up as min(ema_decay, (1 + n) / (10 + n))
+            log_every=100,  # steps between lines of metrics.jsonl
+            sample_every=5000,  # steps between sample (or reconstruction) grids; 0 = at the end only
+            checkpoint_every=5000,  # steps between validation losses and checkpoints
+            keep=2,  # checkpoints: the last so many, and the best by validation loss
+        )
+    )
+
+
+def autoencoder(dataset: str) -> ConfigDict:
+    """Architecture and loss of the KL autoencoder: f4 of latent diffusion, a small one for the digits."""
+    config = ConfigDict(
+        dict(
+            channels=128,  # width of the first level
+            channel_mult=(1, 2, 4),  # one entry a level; f = 2^(levels - 1)
+            num_res_blocks=2,
+            latent_channels=3,
+            kl_weight=1e-6,  # of the KL (nats an image) beside the summed absolute error
+        )
+    )
+    if dataset == "digits":
+        config.update(channels=8, num_res_blocks=1, latent_channels=4)
+    return config
+
+
+def autoencoder_recipe(dataset: str) -> ConfigDict:
+    """The training of that autoencoder, alone or as the first stage of latent diffusion."""
+    config = recipe()
+    if dataset == "digits":
+        config.update(
+            epochs=0.0,
+            steps=600,
+            batch_size=16,
+            lr=3e-3,
+            warmup_steps=50,
+            ema_decay=0.99,
+            checkpoint_every=600,
+        )
+    elif dataset == "cifar10":
+        config.update(epochs=50.0, batch_size=256)
+    else:
+        config.update(epochs=20.0, batch_size=32)
+    return config
+
+
+def unet() -> ConfigDict:
+    """Architecture of the UNet."""
+    return ConfigDict(
+        dict(
+            channels=128,  # width of the first level
+            channel_mult=(1, 2, 2, 2),  # one entry a level
+            num_res_blocks=2,
+            attention_resolutions=(16, 8),  # feature-map heights with attention blocks
+            head_dim=64,  # channels of an attention head
+            context_tokens=4,  # that a class is embedded to for cross-attention; 0 = no cross-attention
+            dropout=0.0,
+        )
+    )
+
+
+def diffusion() -> ConfigDict:
+    """Forward process and its training."""
+    return ConfigDict(
+        dict(
+            schedule="linear",  # linear, scaled_linear or cosine
+            num_steps=1000,  # T
+            beta_start=2e-4,  # at T = 1000, as beta_end; the cosine schedule has neither
+            beta_end=0.02,
+            label_dropout=0.1,  # share of labels replaced by the null class; guidance needs some
+        )
+    )
+
+
+def sample() -> ConfigDict:
+    """How samples are drawn, during training and by --mode=sample."""
+    return ConfigDict(
+        dict(
+            sampler="ddim",  # ddim or ddpm
+            steps=50,  # of the num_steps timesteps
+            spacing="leading",  # leading, trailing or linspace
+            eta=0.0,  # ddim: 0 = deterministic, 1 = as noisy as ddpm
+            guidance=0.0,  # w in (1+w) cond - w uncond; elsewhere written as s = 1 + w
+            clip=True,  # x0 predictions to [-1, 1]; latents have no such bounds
+            classes="",  # names or numbers with commas between, repeated in turn; empty = all
+            num=100,  # images
+            batch_size=100,  # images computed at a time
+            weights="ema",  # ema or raw
+            seed=0,  # image k is a function of (seed, k)
+            format="npz",  # npz (one array) or png (a folder)
+        )
+    )
+
+
+def evaluation() -> ConfigDict:
+    """What a run measures when it ends."""
+    return ConfigDict(dict(scores=()))  # names in jaxdiff.evaluation.scores.SCORES

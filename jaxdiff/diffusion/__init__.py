@@ -1,0 +1,41 @@
+"""The maths of diffusion models: arrays in, arrays out; no networks, config or logging."""
+
+from jaxdiff.diffusion.guidance import classifier_free, guide
+from jaxdiff.diffusion.losses import sample_timesteps, simple_loss
+from jaxdiff.diffusion.process import p_mean_variance, predict_eps_from_x0, predict_x0_from_eps, q_posterior, q_sample
+from jaxdiff.diffusion.samplers import (
+    SAMPLERS,
+    Plan,
+    denoise_step,
+    initial_noise,
+    make_plan,
+    sample,
+    sample_keys,
+)
+from jaxdiff.diffusion.schedules import SCHEDULES, Schedule, extract, make_schedule
+from jaxdiff.diffusion.spacing import SPACINGS, timestep_pairs
+
+__all__ = [
+    "SAMPLERS",
+    "SCHEDULES",
+    "SPACINGS",
+    "Plan",
+    "Schedule",
+    "classifier_free",
+    "denoise_step",
+    "extract",
+    "guide",
+    "initial_noise",
+    "make_plan",
+    "make_schedule",
+    "p_mean_variance",
+    "predict_eps_from_x0",
+    "predict_x0_from_eps",
+    "q_posterior",
+    "q_sample",
+    "sample",
+    "sample_keys",
+    "sample_timesteps",
+    "simple_loss",
+    "timestep_pairs",
+]

@@ -1,0 +1,13 @@
+"""What ends a run in one line."""
+
+
+class ConfigError(ValueError):
+    """Something the user can mend; the message is one line naming the field, its value, and what is allowed."""
+
+
+class Stopped(Exception):
+    """Training was asked to stop and has saved its state; `signum` says by which signal (0 = by the caller)."""
+
+    def __init__(self, step: int, total: int, signum: int) -> None:
+        super().__init__(f"stopped and saved at step {step:,} of {total:,}; the same command goes on from there")
+        self.signum = signum

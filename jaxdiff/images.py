@@ -1,0 +1,58 @@
+"""Pixels: between uint8 and [-1, 1], grids, and image files."""
+
+import pathlib
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, UInt8
+from PIL import Image
+
+
+def to_unit(images: UInt8[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """uint8 in 0..255 -> float32 in [-1, 1]."""
+    return images.astype(jnp.float32) / 127.5 - 1
+
+
+def to_uint8(images: Float[Array, "*shape"]) -> UInt8[Array, "*shape"]:
+    """Float in [-1, 1] (clipped) -> uint8 in 0..255, rounded to nearest."""
+    return jnp.round((jnp.clip(images, min=-1, max=1) + 1) * 127.5).astype(jnp.uint8)
+
+
+def psnr(a: Float[Array, "batch h w c"], b: Float[Array, "batch h w c"]) -> Float[Array, " batch"]:
+    """Peak signal-to-noise ratio in dB of images in [-1, 1], 10 log10(2^2 / mean squared error), per image."""
+    error = jnp.square(a - b).mean(axis=(1, 2, 3))
+    return 10 * jnp.log10(4 / jnp.maximum(error, 1e-10))
+
+
+def grid(images: UInt8[np.ndarray, "n h w c"], columns: int, gap: int = 2) -> UInt8[np.ndarray, "H W c"]:
+    """Images row by row on white, `columns` in a row, `gap` pixels apart."""
+    n, h, w, c = images.shape
+    rows = -(-n // columns)
+    sheet = np.full((rows * (h + gap) - gap, columns * (w + gap) - gap, c), 255, np.uint8)
+    for k, image in enumerate(images):
+        top, left = k // columns * (h + gap), k % columns * (w + gap)
+        sheet[top : top + h, left : left + w] = image
+    return sheet
+
+
+def side_by_side(*sheets: UInt8[np.ndarray, "h w c"], gap: int = 16) -> UInt8[np.ndarray, "h W c"]:
+    """Sheets of one height next to each other on white."""
+    white = np.full((sheets[0].shape[0], gap, sheets[0].shape[2]), 255, np.uint8)
+    parts = [part for sheet in sheets for part in (white, sheet)]
+    return np.concatenate(parts[1:], axis=1)
+
+
+def save_png(path: pathlib.Path, image: UInt8[np.ndarray, "h w 3"]) -> pathlib.Path:
+    """Write one PNG, making its folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.asarray(image)).save(path)
+    return path
+
+
+def fresh_path(path: pathlib.Path) -> pathlib.Path:
+    """`path`, or its first numbered variant (-2, -3, ...) that does not exist yet: nothing is overwritten."""
+    stem, number = path.stem, 1
+    while path.exists():
+        number += 1
+        path = path.with_name(f"{stem}-{number}{path.suffix}")
+    return path

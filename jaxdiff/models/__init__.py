@@ -1,0 +1,6 @@
+"""Networks in Flax linen: pure `apply(params, ...)` functions over NHWC arrays."""
+
+from jaxdiff.models.autoencoder import AutoencoderKL, Posterior
+from jaxdiff.models.unet import UNet
+
+__all__ = ["AutoencoderKL", "Posterior", "UNet"]

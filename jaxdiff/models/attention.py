@@ -1,0 +1,64 @@
+"""Attention over the positions of a feature map and over a sequence of condition tokens."""
+
+from typing import Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from jaxdiff.models.layers import DEFAULT_KERNEL, ZEROS, Dtype, group_norm
+
+
+def attention_kernel(dtype: Dtype, head_dim: int, q_len: int, kv_len: int) -> Literal["cudnn", "xla"]:
+    """Name of the `jax.nn.dot_product_attention` implementation to use: "cudnn" where it applies, else "xla".
+
+    cuDNN's flash kernel takes half precision and head sizes that are multiples of 8 up to 128. It tiles the
+    sequence by 64, so shorter ones are left to XLA, which fuses them into two small matrix products.
+    """
+    half = jnp.dtype(dtype) in (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16))
+    fits = head_dim % 8 == 0 and head_dim <= 128 and min(q_len, kv_len) >= 64
+    return "cudnn" if jax.default_backend() == "gpu" and half and fits else "xla"
+
+
+def attend(
+    q: Float[Array, "batch n heads d"], k: Float[Array, "batch m heads d"], v: Float[Array, "batch m heads d"]
+) -> Float[Array, "batch n heads d"]:
+    """Softmax(q k^T / sqrt(d)) v per head, softmax in float32 (Vaswani et al. 2017, eq. 1)."""
+    kernel = attention_kernel(q.dtype, q.shape[-1], q.shape[1], k.shape[1])
+    return jax.nn.dot_product_attention(q, k, v, implementation=kernel)
+
+
+class Attention(nn.Module):
+    """Residual multi-head attention of a feature map to itself, or to `context` tokens when they are given.
+
+    The output projection starts at zero, so that a new block is the identity. `head_dim` must divide the
+    channels; 0 means one head.
+    """
+
+    head_dim: int
+    dtype: Dtype
+    zero_init: bool = True
+    eps: float = 1e-5
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "batch h w c"], context: Float[Array, "batch m e"] | None = None
+    ) -> Float[Array, "batch h w c"]:
+        b, height, width, c = x.shape
+        heads = c // self.head_dim if self.head_dim else 1
+        h = group_norm(c, self.dtype, self.eps, "norm")(x).reshape(b, height * width, c)
+
+        def dense(features: int, name: str) -> nn.Dense:
+            return nn.Dense(features, dtype=self.dtype, name=name)
+
+        if context is None:
+            q, k, v = jnp.split(dense(3 * c, "qkv")(h), 3, axis=-1)
+        else:
+            q = dense(c, "q")(h)
+            context = nn.LayerNorm(dtype=self.dtype, name="norm_context")(context)
+            k, v = jnp.split(dense(2 * c, "kv")(context), 2, axis=-1)
+        q, k, v = (a.reshape(b, -1, heads, c // heads) for a in (q, k, v))
+        h = attend(q, k, v).reshape(b, height, width, c)
+        init = ZEROS if self.zero_init else DEFAULT_KERNEL
+        return x + nn.Dense(c, dtype=self.dtype, kernel_init=init, name="proj")(h)

@@ -1,0 +1,135 @@
+"""The KL-regularised autoencoder of latent diffusion."""
+
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from jaxdiff.models.attention import Attention
+from jaxdiff.models.layers import Downsample, Dtype, ResBlock, Upsample, conv3x3, group_norm
+
+NORM_EPS = 1e-6
+
+
+class Posterior(NamedTuple):
+    """Diagonal Gaussian q(z | image): mean and log variance [B, h, w, z], the latter clamped to [-30, 20]."""
+
+    mean: Float[Array, "batch h w z"]
+    logvar: Float[Array, "batch h w z"]
+
+    def sample(self, noise: Float[Array, "batch h w z"]) -> Float[Array, "batch h w z"]:
+        """The draw z = mean + exp(logvar / 2) noise that belongs to standard normal `noise`."""
+        return self.mean + jnp.exp(0.5 * self.logvar) * noise
+
+    def kl(self) -> Float[Array, " batch"]:
+        """KL(q || N(0, I)) in nats per image, summed over the latent's dimensions."""
+        terms = self.mean**2 + jnp.exp(self.logvar) - 1 - self.logvar
+        return 0.5 * terms.sum(axis=(1, 2, 3))
+
+
+class Encoder(nn.Module):
+    """Image -> 2 z channels at 1 / 2^(levels-1) of the resolution."""
+
+    channels: int
+    channel_mult: tuple[int, ...]
+    num_res_blocks: int
+    latent_channels: int
+    dtype: Dtype
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "batch h w 3"]) -> Float[Array, "batch hf wf 2z"]:
+        h = conv3x3(self.channels, self.dtype, name="conv_in")(x.astype(self.dtype))
+        for i, mult in enumerate(self.channel_mult):
+            width = self.channels * mult
+            for j in range(self.num_res_blocks):
+                h = _res(width, self.dtype, f"down{i}_res{j}")(h)
+            if i < len(self.channel_mult) - 1:
+                h = Downsample(width, self.dtype, padding=(0, 1), name=f"down{i}_resample")(h)
+        h = _middle(h, self.dtype)
+        return conv3x3(2 * self.latent_channels, self.dtype, name="conv_out")(_norm_act(h, self.dtype))
+
+
+class Decoder(nn.Module):
+    """Latent -> image; one residual block more per level than the encoder."""
+
+    channels: int
+    channel_mult: tuple[int, ...]
+    num_res_blocks: int
+    out_channels: int
+    dtype: Dtype
+
+    @nn.compact
+    def __call__(self, z: Float[Array, "batch hf wf z"]) -> Float[Array, "batch h w out"]:
+        h = conv3x3(self.channels * self.channel_mult[-1], self.dtype, name="conv_in")(z)
+        h = _middle(h, self.dtype)
+        for i, mult in reversed(list(enumerate(self.channel_mult))):
+            width = self.channels * mult
+            for j in range(self.num_res_blocks + 1):
+                h = _res(width, self.dtype, f"up{i}_res{j}")(h)
+            if i > 0:
+                h = Upsample(width, self.dtype, name=f"up{i}_resample")(h)
+        return conv3x3(self.out_channels, self.dtype, name="conv_out")(_norm_act(h, self.dtype))
+
+
+class AutoencoderKL(nn.Module):
+    """Autoencoder with a Gaussian latent; `encode(image) -> Posterior` and `decode(z) -> image`.
+
+    Source: Rombach et al. 2022 (arXiv 2112.10752), the architecture of its f4 / f8 models:
+    channels 128, num_res_blocks 2, channel_mult (1, 2, 4) and 3 latent channels, or (1, 2, 4, 4) and 4.
+
+    Attributes:
+      latent_channels: z; image_channels: of the image in [-1, 1].
+      dtype: of the computation; the posterior and the decoded image are float32.
+    """
+
+    latent_channels: int = 3
+    channels: int = 128
+    channel_mult: tuple[int, ...] = (1, 2, 4)
+    num_res_blocks: int = 2
+    image_channels: int = 3
+    dtype: Dtype = jnp.float32
+
+    def setup(self) -> None:
+        shape = (self.channels, self.channel_mult, self.num_res_blocks)
+        self.encoder = Encoder(*shape, self.latent_channels, self.dtype)
+        self.decoder = Decoder(*shape, self.image_channels, self.dtype)
+        self.quant_conv = nn.Conv(2 * self.latent_channels, (1, 1))
+        self.post_quant_conv = nn.Conv(self.latent_channels, (1, 1), dtype=self.dtype)
+
+    @property
+    def downsampling(self) -> int:
+        """The f of f4 or f8: image size / latent size."""
+        return 2 ** (len(self.channel_mult) - 1)
+
+    def encode(self, image: Float[Array, "batch h w 3"]) -> Posterior:
+        """Posterior over latents [B, h/f, w/f, z] of images in [-1, 1]."""
+        moments = self.quant_conv(self.encoder(image).astype(jnp.float32))
+        mean, logvar = jnp.split(moments, 2, axis=-1)
+        return Posterior(mean, jnp.clip(logvar, min=-30.0, max=20.0))
+
+    def decode(self, z: Float[Array, "batch hf wf z"]) -> Float[Array, "batch h w 3"]:
+        """Image in about [-1, 1] (not clipped) of a latent."""
+        return self.decoder(self.post_quant_conv(z)).astype(jnp.float32)
+
+    def __call__(
+        self, image: Float[Array, "batch h w 3"], noise: Float[Array, "batch hf wf z"]
+    ) -> tuple[Float[Array, "batch h w 3"], Posterior]:
+        """Reconstruction from the draw of the posterior that belongs to `noise`, and the posterior."""
+        posterior = self.encode(image)
+        return self.decode(posterior.sample(noise)), posterior
+
+
+def _res(width: int, dtype: Dtype, name: str) -> ResBlock:
+    return ResBlock(width, dtype, zero_init=False, eps=NORM_EPS, name=name)
+
+
+def _middle(h: Array, dtype: Dtype) -> Array:
+    width = h.shape[-1]
+    h = _res(width, dtype, "mid_res0")(h)
+    h = Attention(0, dtype, zero_init=False, eps=NORM_EPS, name="mid_attn")(h)
+    return _res(width, dtype, "mid_res1")(h)
+
+
+def _norm_act(h: Array, dtype: Dtype) -> Array:
+    return nn.silu(group_norm(h.shape[-1], dtype, NORM_EPS, "norm_out")(h))

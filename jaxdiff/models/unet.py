@@ -1,0 +1,113 @@
+"""The noise-prediction UNet of DDPM and ADM with cross-attention to condition tokens."""
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from jaxdiff.models.attention import Attention
+from jaxdiff.models.layers import (
+    Downsample,
+    Dtype,
+    ResBlock,
+    Upsample,
+    conv3x3,
+    group_norm,
+    timestep_embedding,
+)
+
+
+class UNet(nn.Module):
+    """UNet `apply(params, x, t, y) -> prediction` of the shape of x with `out_channels` channels, in float32.
+
+    Source: ADM (arXiv 2105.05233); with `scale_shift_norm=False, resblock_updown=False` the UNet of DDPM.
+
+    Attributes:
+      channels: width of the first level; level i has channels * channel_mult[i], and half its resolution.
+      attention_resolutions: feature-map heights at which self-attention (and cross-attention) blocks stand.
+      head_dim: channels of one attention head.
+      num_classes: labels are 0..num_classes-1, and num_classes is the null label; 0 = unconditional (y unused).
+      context_tokens: length of the token sequence that the class is embedded to for cross-attention; 0 = none.
+      dtype: of the computation. Parameters, norm statistics and the output are float32.
+    """
+
+    out_channels: int
+    channels: int = 128
+    channel_mult: tuple[int, ...] = (1, 2, 2, 2)
+    num_res_blocks: int = 2
+    attention_resolutions: tuple[int, ...] = (16,)
+    head_dim: int = 64
+    num_classes: int = 0
+    context_tokens: int = 0
+    dropout: float = 0.0
+    scale_shift_norm: bool = True
+    resblock_updown: bool = True
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "batch h w c"],
+        t: Float[Array, " batch"] | Int[Array, " batch"],
+        y: Int[Array, " batch"] | None = None,
+        deterministic: bool = True,
+    ) -> Float[Array, "batch h w out"]:
+        emb, context = self.embed(t, y)
+
+        def res(features: int, name: str, resample: str = "") -> ResBlock:
+            return ResBlock(features, self.dtype, self.dropout, self.scale_shift_norm, resample=resample, name=name)
+
+        def attend(h: Array, name: str) -> Array:
+            h = Attention(self.head_dim, self.dtype, name=f"{name}_attn")(h)
+            if context is not None:
+                h = Attention(self.head_dim, self.dtype, name=f"{name}_cross")(h, context)
+            return h
+
+        widths = [self.channels * m for m in self.channel_mult]
+        last = len(widths) - 1
+        h = conv3x3(widths[0], self.dtype, name="conv_in")(x.astype(self.dtype))
+        skips = [h]
+        for i, width in enumerate(widths):
+            for j in range(self.num_res_blocks):
+                h = res(width, f"down{i}_res{j}")(h, emb, deterministic)
+                if h.shape[1] in self.attention_resolutions:
+                    h = attend(h, f"down{i}_{j}")
+                skips.append(h)
+            if i < last:
+                if self.resblock_updown:
+                    h = res(width, f"down{i}_resample", "down")(h, emb, deterministic)
+                else:
+                    h = Downsample(width, self.dtype, name=f"down{i}_resample")(h)
+                skips.append(h)
+
+        h = res(widths[-1], "mid_res0")(h, emb, deterministic)
+        h = attend(h, "mid")
+        h = res(widths[-1], "mid_res1")(h, emb, deterministic)
+
+        for i, width in reversed(list(enumerate(widths))):
+            for j in range(self.num_res_blocks + 1):
+                h = jnp.concatenate([h, skips.pop()], axis=-1)
+                h = res(width, f"up{i}_res{j}")(h, emb, deterministic)
+                if h.shape[1] in self.attention_resolutions:
+                    h = attend(h, f"up{i}_{j}")
+            if i > 0:
+                if self.resblock_updown:
+                    h = res(width, f"up{i}_resample", "up")(h, emb, deterministic)
+                else:
+                    h = Upsample(width, self.dtype, name=f"up{i}_resample")(h)
+
+        # The last convolution runs in float32: it is cheap, and bfloat16 noise in eps would be integrated by the sampler.
+        h = nn.silu(group_norm(h.shape[-1], jnp.float32, 1e-5, "norm_out")(h))
+        return conv3x3(self.out_channels, jnp.float32, zero=True, name="conv_out")(h)
+
+    def embed(self, t: Array, y: Array | None) -> tuple[Array, Array | None]:
+        """Timestep (and class) embedding [B, 4 channels], and the condition tokens [B, L, 4 channels] or None."""
+        dim = 4 * self.channels
+        emb = nn.Dense(dim, name="time_0")(timestep_embedding(t, self.channels))
+        emb = nn.Dense(dim, name="time_1")(nn.silu(emb))
+        context = None
+        if self.num_classes:
+            emb = emb + nn.Embed(self.num_classes + 1, dim, name="class_emb")(y)
+            if self.context_tokens:
+                tokens = nn.Embed(self.num_classes + 1, self.context_tokens * dim, name="class_tokens")(y)
+                context = tokens.reshape(-1, self.context_tokens, dim).astype(self.dtype)
+        return emb.astype(self.dtype), context

@@ -1,0 +1,202 @@
+"""Images from a checkpoint: the compiled sampler, labels, and the files that hold the result."""
+
+import pathlib
+from collections.abc import Sequence
+from typing import Any, NamedTuple, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Array, Int, UInt8
+from ml_collections import ConfigDict
+
+from jaxdiff import diffusion, images
+from jaxdiff import mesh as meshes
+from jaxdiff.build import build_autoencoder, build_schedule, build_unet
+from jaxdiff.config import files
+from jaxdiff.config.check import require
+from jaxdiff.data.latents import Whitening
+from jaxdiff.errors import ConfigError
+from jaxdiff.keys import named_key
+from jaxdiff.training.checkpoint import Checkpoints
+
+
+class Decoder(NamedTuple):
+    """From whitened latents to images: the autoencoder's parameters and the latents' statistics."""
+
+    params: Any
+    whitening: Whitening
+
+
+class Generator:
+    """Draws images from the parameters of a UNet.
+
+    Timesteps, coefficients, guidance weight and eta are traced: only the batch size, clipping, and whether there is
+    guidance at all make another program. Image k is a function of (seed, k) and its label.
+    """
+
+    def __init__(
+        self,
+        config: ConfigDict,
+        shape: Sequence[int],
+        num_classes: int,
+        mesh: Mesh,
+        decoder: Decoder | None = None,
+    ) -> None:
+        self.mesh = mesh
+        self.num_classes = num_classes
+        self.shape = tuple(shape)
+        self.schedule = build_schedule(config)
+        self.unet = build_unet(config, self.shape[-1], num_classes)
+        self.decoder_params = None
+        if decoder is not None:
+            self._autoencoder = build_autoencoder(config)
+            self._whitening = decoder.whitening
+            self.decoder_params = decoder.params
+        self._run = jax.jit(self._draw, static_argnames=("guided", "clip"))
+
+    def abstract_params(self) -> Any:
+        """Shapes and shardings of the UNet's parameters."""
+        x, one = jnp.zeros((1, *self.shape)), jnp.zeros((1,), jnp.int32)
+        tree = jax.eval_shape(self.unet.init, jax.random.key(0), x, one, one)
+        sharding = meshes.replicated(self.mesh)
+        return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), tree)
+
+    def __call__(
+        self, params: Any, settings: ConfigDict, labels: Int[np.ndarray, " n"]
+    ) -> UInt8[np.ndarray, "n h w 3"]:
+        """Images 0..n-1 of the classes `labels`, as the config fields `sample` in `settings` say."""
+        plan = diffusion.make_plan(
+            self.schedule, settings.sampler, steps=settings.steps, spacing=settings.spacing, eta=settings.eta
+        )
+        key = named_key(settings.seed, "sample")
+        # Every batch has the same size, so that there is one program and image k does not depend on n.
+        size = settings.batch_size
+        out = []
+        for first in range(0, len(labels), size):
+            indices = np.arange(first, first + size)
+            rows = {
+                "index": indices.astype(np.int32),
+                "label": np.asarray(labels)[np.minimum(indices, len(labels) - 1)].astype(np.int32),
+                "guidance": np.full(size, settings.guidance, np.float32),
+            }
+            rows = meshes.put_batch(rows, self.mesh)
+            flags = {"guided": settings.guidance != 0, "clip": settings.clip}
+            out.append(meshes.to_host(self._run(params, self.decoder_params, plan, key, rows, **flags)))
+        return np.concatenate(out)[: len(labels)]
+
+    def _draw(
+        self,
+        params: Any,
+        decoder_params: Any,
+        plan: diffusion.Plan,
+        key: Array,
+        rows: dict[str, Array],
+        *,
+        guided: bool,
+        clip: bool,
+    ) -> UInt8[Array, "batch h w 3"]:
+        def apply(x: Array, t: Array, y: Array) -> Any:
+            return self.unet.apply(params, x, t, y)
+
+        def model(x: Array, t: Array) -> Array:
+            if guided:
+                return diffusion.classifier_free(apply, self.num_classes)(x, t, rows["label"], rows["guidance"])
+            return apply(x, t, rows["label"])
+
+        keys = diffusion.sample_keys(key, rows["index"])
+        x = diffusion.sample(model, plan, diffusion.initial_noise(keys, self.shape), keys, clip=clip)
+        if decoder_params is not None:
+            z = self._whitening.unwhiten(x)
+            x = cast(Array, self._autoencoder.apply(decoder_params, z, method="decode"))
+        return images.to_uint8(x)
+
+
+def sample_labels(settings: ConfigDict, class_names: Sequence[str]) -> Int[np.ndarray, " num"]:
+    """Labels of images 0..num-1: the classes of `settings.classes` (names or numbers; empty = all), repeated in turn.
+
+    Raises: ConfigError naming the class that there is not.
+    """
+    names = list(class_names)
+    chosen = []
+    for word in filter(None, (part.strip() for part in settings.classes.split(","))):
+        if word in names:
+            chosen.append(names.index(word))
+        else:
+            some = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
+            known = word.isdecimal() and int(word) < len(names)
+            require(known, "sample.classes", word, f"a number in 0..{len(names) - 1} or one of the names {some}")
+            chosen.append(int(word))
+    return np.resize(np.array(chosen or range(len(names)), np.int32), settings.num)
+
+
+def columns(labels: Int[np.ndarray, " n"]) -> int:
+    """Columns of a grid: a class to each where there are at most 20 in turn, else 10."""
+    period = len(np.unique(labels))
+    return min(len(labels), period if 1 < period <= 20 else 10)
+
+
+def load_decoder(folder: pathlib.Path, whitening: Whitening, mesh: Mesh) -> Decoder:
+    """The averaged parameters of the autoencoder in the workdir `folder`.
+
+    Raises: ConfigError when it is no workdir of configs/vae.py with a checkpoint.
+    """
+    params = load_autoencoder(folder, mesh)[1]
+    return Decoder(params, whitening)
+
+
+def load_autoencoder(folder: pathlib.Path, mesh: Mesh) -> tuple[ConfigDict, Any]:
+    """Config and averaged parameters of the autoencoder in the workdir `folder`; errors as `load_decoder`."""
+    path = folder / "config.json"
+    if not path.exists() or files.load(path).experiment != "vae":
+        raise ConfigError(f"config.autoencoder.path = {str(folder)!r}: must be a workdir made by configs/vae.py")
+    config = files.load(path)
+    model = build_autoencoder(config)
+    size = config.data.image_size
+    image, f = jnp.zeros((1, size, size, 3)), model.downsampling
+    noise = jnp.zeros((1, size // f, size // f, model.latent_channels))
+    tree = jax.eval_shape(model.init, jax.random.key(0), image, noise)
+    sharding = meshes.replicated(mesh)
+    abstract = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), tree)
+    checkpoints = Checkpoints(folder)
+    params = checkpoints.restore_params(abstract, None, "ema")
+    checkpoints.close()
+    return config, params
+
+
+def run_sample(config: ConfigDict, workdir: pathlib.Path, step: int | None) -> pathlib.Path:
+    """--mode=sample: draw images with the newest (or given) checkpoint of a workdir; the path of the grid written."""
+    mesh = meshes.make_mesh()
+    checkpoints = Checkpoints(workdir)
+    step = checkpoints.pick(step)
+    meta = checkpoints.meta(step)
+    labels = sample_labels(config.sample, meta["class_names"])
+    decoder = None
+    if config.experiment == "ldm":
+        decoder = load_decoder(workdir / meta["autoencoder"], Whitening(**meta["whitening"]), mesh)
+    generator = Generator(config, meta["shape"], len(meta["class_names"]), mesh, decoder)
+    params = checkpoints.restore_params(generator.abstract_params(), step, config.sample.weights)
+    checkpoints.close()
+    samples = generator(params, config.sample, labels)
+    s = config.sample
+    name = f"step{step}-{s.weights}-{s.sampler}{s.steps}-w{s.guidance:g}-seed{s.seed}"
+    return save_samples(workdir / "samples" / name, samples, labels, s.format) if meshes.is_main() else workdir
+
+
+def save_samples(
+    path: pathlib.Path, samples: UInt8[np.ndarray, "n h w 3"], labels: Int[np.ndarray, " n"], format: str
+) -> pathlib.Path:
+    """Write the grid `path`.png and the images: `path`.npz (arr_0 images, arr_1 labels) or a folder `path` of PNGs.
+
+    Names that are taken get a number, so that nothing is overwritten. Returns the path of the grid.
+    """
+    sheet = images.fresh_path(path.with_name(path.name + ".png"))
+    images.save_png(sheet, images.grid(samples, columns(labels)))
+    base = sheet.with_suffix("")
+    if format == "npz":
+        np.savez(base.with_name(base.name + ".npz"), arr_0=samples, arr_1=labels)
+    else:
+        for k, (image, label) in enumerate(zip(samples, labels, strict=True)):
+            images.save_png(base / f"{k:06d}-class{label}.png", image)
+    return sheet

@@ -1,0 +1,49 @@
+"""What the modes of the command line do before and around the work proper."""
+
+import os
+import pathlib
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from jaxdiff import mesh as meshes
+from jaxdiff.config import check, files
+from jaxdiff.errors import ConfigError
+
+
+def start() -> None:
+    """Join the other processes of the run, and keep compiled programs for the next start."""
+    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
+        jax.config.update("jax_compilation_cache_dir", str(cache / "jaxdiff" / "xla"))
+    meshes.initialize_distributed()
+
+
+def train(config: ConfigDict, workdir: pathlib.Path) -> None:
+    """--mode=train, for a config as it came from the command line."""
+    from jaxdiff.training.stages import run_train
+
+    start()
+    check.validate(config, jax.device_count())
+    files.check_workdir(config, workdir)
+    run_train(config, workdir)
+
+
+def sample(workdir: pathlib.Path, overrides: dict[str, Any], step: int | None) -> None:
+    """--mode=sample: the config is the workdir's own, with `overrides` of its fields `sample.*`."""
+    from jaxdiff.sampling import run_sample
+
+    path = workdir / "config.json"
+    if not path.exists():
+        raise ConfigError(f"--workdir={workdir}: no config.json there; give the workdir of a training run")
+    config = files.load(path)
+    if "sample" not in config:
+        raise ConfigError(f"--workdir={workdir}: holds an autoencoder alone, which has nothing to sample")
+    for field in overrides:
+        if field.split(".")[0] not in files.FREE_FIELDS:
+            raise ConfigError(f"--config.{field}: cannot change in --mode=sample; only sample.* can")
+    config.update_from_flattened_dict(overrides)
+    start()
+    check.validate_sample(config, jax.device_count())
+    print(f"sample grid: {run_sample(config, workdir, step)}", flush=True)

@@ -1,0 +1,1 @@
+"""Training: objectives, the step, the loop over it, and its records."""

@@ -1,0 +1,105 @@
+"""Checkpoints of a workdir: written while training goes on, the best and the last few kept."""
+
+import math
+import pathlib
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers as policies
+
+from jaxdiff.errors import ConfigError
+from jaxdiff.training.step import TrainState
+
+MONITOR = "val_loss"
+
+
+class Checkpoints:
+    """The folder `workdir/checkpoints`, an Orbax CheckpointManager.
+
+    A checkpoint holds the items params, ema, optimizer (each restorable alone), and meta: a JSON object with the
+    position in the data and what sampling has to know. With `keep`, saving leaves the last `keep` checkpoints and the
+    one of the lowest validation loss.
+    """
+
+    def __init__(self, workdir: pathlib.Path, keep: int | None = None) -> None:
+        policy = None
+        if keep is not None:
+            best = policies.BestN(get_metric_fn=lambda m: m[MONITOR], reverse=True, n=1)
+            policy = policies.AnyPreservationPolicy([policies.LatestN(keep), best])
+        self.folder = (workdir / "checkpoints").resolve()
+        writing = keep is not None
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=policy, create=writing, read_only=not writing, cleanup_tmp_directories=writing
+        )
+        names = ("params", "ema", "optimizer", "meta")
+        self._manager = ocp.CheckpointManager(self.folder, options=options, item_names=names)
+
+    @property
+    def latest(self) -> int | None:
+        """Newest complete checkpoint's step, or None."""
+        return self._manager.latest_step()
+
+    @property
+    def steps(self) -> list[int]:
+        """Steps of all complete checkpoints, ascending."""
+        return sorted(self._manager.all_steps())
+
+    def save(self, state: TrainState, meta: dict[str, Any], val_loss: float = math.inf) -> None:
+        """Begin to write the state as of its step; returns once the device memory may be reused."""
+        step = int(state.step)
+        if step in self._manager.all_steps():
+            return
+        tree = ocp.args.StandardSave
+        items = ocp.args.Composite(
+            params=tree(state.params),
+            ema=tree(state.ema),
+            optimizer=tree(state.opt_state),
+            meta=ocp.args.JsonSave(meta),
+        )
+        self._manager.save(step, args=items, metrics={MONITOR: min(val_loss, 1e30)})
+
+    def restore(self, abstract: TrainState) -> tuple[TrainState, dict[str, Any]]:
+        """Newest state, in the shapes and shardings of `abstract`, and its meta."""
+        step = self.pick(None)
+        tree = ocp.args.StandardRestore
+        items = ocp.args.Composite(
+            params=tree(abstract.params),
+            ema=tree(abstract.ema),
+            optimizer=tree(abstract.opt_state),
+            meta=ocp.args.JsonRestore(),
+        )
+        got = self._manager.restore(step, args=items)
+        at = jax.device_put(jax.numpy.asarray(step, jax.numpy.int32), abstract.step.sharding)
+        return TrainState(at, got.params, got.ema, got.optimizer), got.meta
+
+    def restore_params(self, abstract: Any, step: int | None, weights: str) -> Any:
+        """Only the parameters, `weights` "ema" or "raw", of a step (None = newest)."""
+        item = "ema" if weights == "ema" else "params"
+        args = ocp.args.Composite(**{item: ocp.args.StandardRestore(abstract)})
+        return self._manager.restore(self.pick(step), args=args)[item]
+
+    def meta(self, step: int | None = None) -> dict[str, Any]:
+        """The meta of a step (None = newest)."""
+        args = ocp.args.Composite(meta=ocp.args.JsonRestore())
+        return self._manager.restore(self.pick(step), args=args).meta
+
+    def pick(self, step: int | None) -> int:
+        """`step`, or the newest where it is None; ConfigError naming the steps there are when there is none such."""
+        if not self.steps:
+            raise ConfigError(f"--workdir: {self.folder.parent} has no checkpoint yet; train first")
+        if step is not None and step not in self.steps:
+            raise ConfigError(f"--step={step}: {self.folder} has steps {', '.join(map(str, self.steps))}")
+        return self.steps[-1] if step is None else step
+
+    def should_stop(self, step: int, signum: int) -> bool:
+        """Whether to stop after `step`: this process was signalled, or (of several) all have agreed on this step."""
+        return self._manager.reached_preemption(step) if jax.process_count() > 1 else signum != 0
+
+    def wait(self) -> None:
+        """Until everything is written."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Finish writing and release the folder."""
+        self._manager.close()

@@ -1,0 +1,98 @@
+"""What is trained in a stage: the autoencoder, or the UNet in pixels or latents."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import UInt8
+from ml_collections import ConfigDict
+
+from jaxdiff import images
+from jaxdiff import mesh as meshes
+from jaxdiff.build import build_autoencoder
+from jaxdiff.data import Source
+from jaxdiff.sampling import Decoder, Generator, columns, sample_labels
+from jaxdiff.training.objectives import autoencoder_objective, diffusion_objective
+from jaxdiff.training.step import Objective
+
+GRID_IMAGES = 40  # in the grids that are logged during training
+
+
+class Experiment(NamedTuple):
+    """All that the training loop needs to know of a stage.
+
+    init: key -> parameters. meta: goes into every checkpoint. render: parameters -> picture [H, W, 3], uint8.
+    """
+
+    stage: str
+    init: Callable[[Any], Any]
+    objective: Objective
+    train: Source
+    val: Source
+    meta: dict[str, Any]
+    render: Callable[[Any], UInt8[np.ndarray, "h w 3"]]
+
+
+def diffusion_experiment(
+    config: ConfigDict,
+    train: Source,
+    val: Source,
+    mesh: Mesh,
+    *,
+    decoder: Decoder | None = None,
+    autoencoder: str = "",
+) -> tuple[Experiment, Generator]:
+    """The UNet on images, or with a `decoder` on latents; `autoencoder` is its workdir as seen from this one."""
+    first = train.batch(np.zeros(1, int), np.zeros(1, bool))
+    shape = first["image" if decoder is None else "mean"].shape[1:]
+    names = list(train.class_names)
+    generator = Generator(config, shape, len(names), mesh, decoder)
+    whitening = decoder.whitening if decoder else None
+    label_dropout = config.diffusion.label_dropout
+    objective = diffusion_objective(
+        generator.unet, generator.schedule, label_dropout=label_dropout, whitening=whitening
+    )
+    meta: dict[str, Any] = {"class_names": names, "shape": list(shape)}
+    if whitening is not None:
+        meta |= {"whitening": whitening._asdict(), "autoencoder": autoencoder}
+    labels = sample_labels(config.sample, names)[:GRID_IMAGES]
+
+    def init(key: Any) -> Any:
+        one = jnp.zeros((1,), jnp.int32)
+        return generator.unet.init(key, jnp.zeros((1, *shape)), one, one)
+
+    def render(params: Any) -> UInt8[np.ndarray, "h w 3"]:
+        return images.grid(generator(params, config.sample, labels), columns(labels))
+
+    return Experiment("diffusion", init, objective, train, val, meta, render), generator
+
+
+def autoencoder_experiment(config: ConfigDict, train: Source, val: Source, mesh: Mesh) -> Experiment:
+    """The autoencoder on images; rendered are validation images above their reconstructions."""
+    model = build_autoencoder(config)
+    size, f = config.data.image_size, model.downsampling
+
+    def init(key: Any) -> Any:
+        noise = jnp.zeros((1, size // f, size // f, model.latent_channels))
+        return model.init(key, jnp.zeros((1, size, size, 3)), noise)
+
+    @jax.jit
+    def reconstruct(params: Any, batch: Any) -> Any:
+        posterior: Any = model.apply(params, images.to_unit(batch), method="encode")
+        decoded: Any = model.apply(params, posterior.mean, method="decode")
+        return images.to_uint8(decoded)
+
+    per_device = -(-10 // mesh.size)
+    count = min(per_device * mesh.size, 40)
+
+    def render(params: Any) -> UInt8[np.ndarray, "h w 3"]:
+        real = val.batch(np.arange(count) % len(val), np.zeros(count, bool))["image"]
+        fake = meshes.to_host(reconstruct(params, meshes.put_batch(real, mesh)))
+        return images.grid(np.concatenate([real, fake]), count)
+
+    meta = {"class_names": list(train.class_names)}
+    objective = autoencoder_objective(model, config.autoencoder.kl_weight)
+    return Experiment("autoencoder", init, objective, train, val, meta, render)

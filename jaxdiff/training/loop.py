@@ -1,0 +1,195 @@
+"""The training loop of one stage: restore, step, log, validate, save, stop in good order."""
+
+import pathlib
+import signal
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from jaxdiff import images
+from jaxdiff import mesh as meshes
+from jaxdiff.data import device_batches, eval_batches, train_batches
+from jaxdiff.errors import ConfigError, Stopped
+from jaxdiff.training.checkpoint import MONITOR, Checkpoints
+from jaxdiff.training.experiments import Experiment
+from jaxdiff.training.logging import RunLogger, StepTimer
+from jaxdiff.training.optimizer import lr_schedule, make_optimizer
+from jaxdiff.training.step import TrainState, init_state, make_eval_step, make_train_step
+
+
+class StopSignal:
+    """Notes SIGTERM and SIGINT instead of dying of them; a second one is obeyed at once."""
+
+    def __init__(self) -> None:
+        self.signum = 0
+        self._old: dict[int, Any] = {}
+
+    def __enter__(self) -> "StopSignal":
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._old[number] = signal.signal(number, self._note)
+        return self
+
+    def _note(self, signum: int, frame: Any) -> None:
+        self.signum = signum
+        signal.signal(signum, self._old[signum])
+
+    def __exit__(self, *error: Any) -> None:
+        for number, old in self._old.items():
+            signal.signal(number, old)
+
+
+class Result(NamedTuple):
+    """A finished stage: its state and its last validation metrics."""
+
+    state: TrainState
+    validation: dict[str, float]
+
+
+def total_steps(config: ConfigDict, num_images: int) -> int:
+    """Optimiser steps of a stage: `config.steps`, or those of `config.epochs` passes over `num_images`."""
+    return config.steps or max(1, round(config.epochs * num_images / config.batch_size))
+
+
+def fit(
+    experiment: Experiment,
+    config: ConfigDict,
+    workdir: pathlib.Path,
+    mesh: Mesh,
+    *,
+    stop_at: int | None = None,
+) -> Result:
+    """Train a stage to its end in `workdir`, from its newest checkpoint if there is one.
+
+    `config` holds the fields of `fields.recipe()`, and seed and data. With `stop_at` it stops after that many steps.
+    Raises: Stopped on SIGTERM, SIGINT or at `stop_at`, with the state saved.
+    """
+    total = total_steps(config, len(experiment.train))
+    if config.warmup_steps >= total:
+        raise ConfigError(
+            f"config.warmup_steps = {config.warmup_steps}: must be less than the {total} steps of the run"
+        )
+    schedule = lr_schedule(config.lr, total, config.warmup_steps)
+    optimizer = make_optimizer(schedule, config.weight_decay, config.clip_norm)
+    train_step = make_train_step(
+        experiment.objective,
+        optimizer,
+        schedule,
+        mesh,
+        seed=config.seed,
+        ema_decay=config.ema_decay,
+        accumulate=config.accumulate,
+    )
+    validator = Validator(experiment, config, mesh)
+
+    checkpoints = Checkpoints(workdir, config.keep)
+    start = 0
+    if checkpoints.latest is None:
+        state = init_state(experiment.init, optimizer, config.seed, mesh)
+    else:
+        abstract = jax.eval_shape(lambda: init_state(experiment.init, optimizer, config.seed, mesh))
+        sharding = meshes.replicated(mesh)
+        abstract = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), abstract)
+        state, meta = checkpoints.restore(abstract)
+        start = meta["data"]["batches"]
+        say(f"{experiment.stage}: going on from step {start:,} of {total:,}")
+
+    logger = RunLogger(
+        workdir,
+        total_steps=total,
+        images_per_step=config.batch_size,
+        enabled=meshes.is_main(),
+        stage=experiment.stage,
+    )
+    logger.resume(start)  # forgets what a run that died after its last checkpoint recorded
+    timer = StepTimer(config.batch_size)
+
+    def save(step: int) -> None:
+        checkpoints.save(state, {**experiment.meta, "data": {"batches": step}}, validator.last.get(MONITOR, np.inf))
+
+    def log(step: int, metrics: dict[str, Any]) -> None:
+        values = {name: float(value) for name, value in metrics.items()}
+        rate = timer.lap(step)
+        logger.scalars(step, {**values, "images_per_second": rate.images_per_second, "step_time": rate.step_time})
+        logger.progress(step, values, rate.images_per_second, rate.step_time)
+
+    def render(step: int) -> None:
+        sheets = [experiment.render(params) for params in (state.params, state.ema)]
+        if meshes.is_main():
+            sheet = images.side_by_side(*sheets)
+            logger.images(step, {"raw_left_ema_right": sheet})
+            images.save_png(workdir / "samples" / f"{experiment.stage}-{step:07d}-raw-ema.png", sheet)
+
+    batches = device_batches(
+        train_batches(
+            experiment.train,
+            seed=config.seed,
+            batch_size=config.batch_size,
+            start=start,
+            stop=total,
+            flip=config.data.flip,
+            threads=config.data.threads,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        ),
+        meshes.batch_sharding(mesh),
+    )
+    pending: tuple[int, dict[str, Any]] | None = None
+    with StopSignal() as stop:
+        timer.start(start)
+        for done, batch in enumerate(batches, start + 1):
+            state, metrics = train_step(state, batch)
+            # The metrics of a step are read when the next one is under way, so that the devices never wait.
+            if pending:
+                log(*pending)
+            pending = (done, metrics) if done % config.log_every == 0 or done == total else None
+            last = done == total
+            if done % config.checkpoint_every == 0 or last:
+                with timer.pause():
+                    logger.scalars(done, validator(state.ema))
+                    save(done)
+            if last or (config.sample_every and done % config.sample_every == 0):
+                with timer.pause():
+                    render(done)
+            if not last and (done == stop_at or checkpoints.should_stop(done, stop.signum)):
+                if pending:
+                    log(*pending)
+                save(done)
+                checkpoints.close()
+                logger.close()
+                raise Stopped(done, total, stop.signum)
+        if pending:
+            log(*pending)
+    checkpoints.close()
+    logger.close()
+    return Result(state, validator.last or validator(state.ema))
+
+
+class Validator:
+    """Means of the losses over the validation images, with the same noise every time."""
+
+    def __init__(self, experiment: Experiment, config: ConfigDict, mesh: Mesh) -> None:
+        self.last: dict[str, float] = {}
+        self._source, self._batch_size, self._mesh = experiment.val, config.batch_size, mesh
+        self._step = make_eval_step(experiment.objective, mesh, seed=config.seed)
+
+    def __call__(self, params: Any) -> dict[str, float]:
+        """{"val_loss": mean, "val_<metric>": mean, ...} at the parameters."""
+        index, count = jax.process_index(), jax.process_count()
+        batches = eval_batches(self._source, batch_size=self._batch_size, process_index=index, process_count=count)
+        sums: dict[str, float] = {}
+        for i, batch in enumerate(device_batches(batches, meshes.batch_sharding(self._mesh))):
+            for name, value in self._step(params, batch, jnp.int32(i)).items():
+                sums[name] = sums.get(name, 0.0) + float(value)
+        weight = sums.pop("weight")
+        self.last = {f"val_{name}": value / weight for name, value in sums.items()}
+        return self.last
+
+
+def say(line: str) -> None:
+    """Print on one process."""
+    if meshes.is_main():
+        print(line, flush=True)

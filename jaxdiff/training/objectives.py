@@ -1,0 +1,67 @@
+"""What is minimised: the simple diffusion loss, and the autoencoder's reconstruction loss."""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, PRNGKeyArray
+
+from jaxdiff.data.latents import Whitening
+from jaxdiff.diffusion import Schedule, q_sample, sample_timesteps, simple_loss
+from jaxdiff.images import psnr, to_unit
+from jaxdiff.models import AutoencoderKL, Posterior, UNet
+from jaxdiff.training.step import Objective
+
+
+def diffusion_objective(
+    unet: UNet, schedule: Schedule, *, label_dropout: float, whitening: Whitening | None = None
+) -> Objective:
+    """E |eps - eps_theta(x_t, t, y)|^2, t uniform, y replaced by the null class with probability `label_dropout`.
+
+    Batches hold {"image": uint8, "label"}, or with `whitening` {"mean", "logvar", "label"} of latents' posteriors.
+    Source: Ho et al. 2020 (arXiv 2006.11239), eq. 14; Ho & Salimans 2022 (arXiv 2207.12598), algorithm 1.
+    """
+
+    def prepare(batch: dict[str, Array], key: PRNGKeyArray) -> dict[str, Array]:
+        keys = jax.random.split(key, 4)
+        if whitening is None:
+            x0 = to_unit(batch["image"])
+        else:
+            posterior = Posterior(batch["mean"], batch["logvar"])
+            x0 = whitening.whiten(posterior.sample(jax.random.normal(keys[0], posterior.mean.shape)))
+        t = sample_timesteps(keys[1], x0.shape[0], len(schedule.betas))
+        eps = jax.random.normal(keys[2], x0.shape)
+        drop = jax.random.bernoulli(keys[3], label_dropout, (x0.shape[0],))
+        y = jnp.where(drop, unet.num_classes, batch["label"])
+        return {"x_t": q_sample(schedule, x0, t, eps), "t": t, "eps": eps, "y": y}
+
+    def loss(params: Any, inputs: dict[str, Array], key: PRNGKeyArray | None) -> tuple[Array, dict[str, Array]]:
+        rngs = None if key is None else {"dropout": key}
+        prediction: Any = unet.apply(params, inputs["x_t"], inputs["t"], inputs["y"], key is None, rngs=rngs)
+        return simple_loss(prediction, inputs["eps"]), {}
+
+    return Objective(prepare, loss)
+
+
+def autoencoder_objective(model: AutoencoderKL, kl_weight: float) -> Objective:
+    """Mean |image - decode(z)| plus kl_weight KL(q(z | image) || N(0, I)) / values of the image.
+
+    Source: Rombach et al. 2022 (arXiv 2112.10752), section G without the perceptual and adversarial terms.
+    """
+
+    def prepare(batch: dict[str, Array], key: PRNGKeyArray) -> dict[str, Array]:
+        b, h, w, _ = batch["image"].shape
+        f = model.downsampling
+        noise = jax.random.normal(key, (b, h // f, w // f, model.latent_channels))
+        return {"image": to_unit(batch["image"]), "noise": noise}
+
+    def loss(params: Any, inputs: dict[str, Array], key: PRNGKeyArray | None) -> tuple[Array, dict[str, Array]]:
+        output: Any = model.apply(params, inputs["image"], inputs["noise"])
+        decoded, posterior = output
+        absolute = jnp.abs(decoded - inputs["image"]).mean(axis=(1, 2, 3))
+        kl = posterior.kl()
+        values = math.prod(decoded.shape[1:])
+        return absolute + kl_weight * kl / values, {"kl": kl, "psnr": psnr(decoded, inputs["image"])}
+
+    return Objective(prepare, loss)

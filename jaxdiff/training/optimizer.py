@@ -1,0 +1,31 @@
+"""AdamW with gradient clipping and cosine annealing, and the moving average of the parameters."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int
+
+
+def lr_schedule(lr: float, total_steps: int, warmup_steps: int = 0) -> optax.Schedule:
+    """Step -> learning rate: linear from 0 over `warmup_steps`, then half a cosine from `lr` to 0 at `total_steps`."""
+    cosine = optax.cosine_decay_schedule(lr, max(1, total_steps - warmup_steps))
+    if not warmup_steps:
+        return cosine
+    return optax.join_schedules([optax.linear_schedule(0.0, lr, warmup_steps), cosine], [warmup_steps])
+
+
+def make_optimizer(schedule: optax.Schedule, weight_decay: float, clip_norm: float) -> optax.GradientTransformation:
+    """AdamW (arXiv 1711.05101) on gradients whose global norm is clipped; the decay is on all parameters."""
+    return optax.chain(optax.clip_by_global_norm(clip_norm), optax.adamw(schedule, weight_decay=weight_decay))
+
+
+def ema_update(ema: Any, params: Any, step: Int[Array, ""], decay: float) -> Any:
+    """ema + (1 - d)(params - ema) with d = min(decay, (1 + n) / (10 + n)) after update number n = `step`.
+
+    The warm-up keeps the average from remembering the initialisation.
+    """
+    n: Float[Array, ""] = step.astype(jnp.float32)
+    d = jnp.minimum(decay, (1 + n) / (10 + n))
+    return jax.tree.map(lambda e, p: e + (1 - d) * (p - e), ema, params)

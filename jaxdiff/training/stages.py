@@ -1,0 +1,134 @@
+"""--mode=train: the stages of an experiment one after the other, each skipped where it is finished."""
+
+import pathlib
+import time
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from jaxdiff import images
+from jaxdiff import mesh as meshes
+from jaxdiff.build import build_autoencoder
+from jaxdiff.config import files
+from jaxdiff.data import load_source
+from jaxdiff.data.latents import encode_source, load_whitening, params_hash
+from jaxdiff.data.sources import Source
+from jaxdiff.evaluation.scores import SCORES
+from jaxdiff.sampling import Decoder, Generator, load_autoencoder, sample_labels, save_samples
+from jaxdiff.training.experiments import autoencoder_experiment, diffusion_experiment
+from jaxdiff.training.loop import Result, fit, say
+
+
+def run_train(config: ConfigDict, workdir: pathlib.Path, *, stop_at: int | None = None) -> dict[str, float]:
+    """Train `config` (checked) in `workdir` to its end; its scores. Started again, it goes on."""
+    begin = time.monotonic()
+    mesh = meshes.make_mesh()
+    say(f"{config.name} on {mesh.size} x {mesh.devices.flat[0].device_kind}, workdir {workdir}")
+    train, val = load_source(config.data, "train"), load_source(config.data, "val")
+    say(f"{len(train):,} training and {len(val):,} validation images in {len(train.class_names)} classes")
+    if meshes.is_main():  # not before the data were found, so that a wrong path leaves nothing behind
+        files.claim_workdir(config, workdir)
+    meshes.barrier("workdir")
+    if config.experiment == "vae":
+        scores = fit(
+            autoencoder_experiment(config, train, val, mesh), config, workdir, mesh, stop_at=stop_at
+        ).validation
+        say(f"autoencoder: {_table(scores)}")
+    else:
+        decoder, folder, data = None, "", (train, val)
+        if config.experiment == "ldm":
+            folder = config.autoencoder.path and str(pathlib.Path(config.autoencoder.path).resolve()) or "autoencoder"
+            decoder, data = _latent_stages(config, workdir, train, val, mesh)
+        experiment, generator = diffusion_experiment(
+            config, data[0], data[1], mesh, decoder=decoder, autoencoder=folder
+        )
+        result = fit(experiment, config, workdir, mesh, stop_at=stop_at)
+        scores = _finish(config, workdir, generator, result, train, val)
+    if meshes.is_main():
+        files.write_json(workdir / "scores.json", scores)
+    say(f"{time.monotonic() - begin:.0f} s in all; checkpoints: {workdir / 'checkpoints'}")
+    return scores
+
+
+def vae_config(config: ConfigDict) -> ConfigDict:
+    """The configs/vae.py experiment that is the first stage of a latent-diffusion config."""
+    vae = ConfigDict({k: config[k] for k in ("seed", "dtype", "data")})
+    vae.name, vae.experiment = f"vae-{config.name.split('-', 1)[1]}", "vae"
+    vae.autoencoder = ConfigDict({k: v for k, v in config.autoencoder.items() if k not in ("path", "train")})
+    vae.update(config.autoencoder.train)
+    return vae
+
+
+def _latent_stages(
+    config: ConfigDict, workdir: pathlib.Path, train: Source, val: Source, mesh: Mesh
+) -> tuple[Decoder, tuple[Source, Source]]:
+    """Autoencoder (stage 1) and encoding (stage 2): the decoder, and the latents of train and val."""
+    if config.autoencoder.path:
+        folder = pathlib.Path(config.autoencoder.path)
+    else:
+        folder = workdir / "autoencoder"
+        own = vae_config(config)
+        if meshes.is_main():
+            files.claim_workdir(own, folder)
+        meshes.barrier("autoencoder workdir")
+        if not (folder / "scores.json").exists():
+            result = fit(autoencoder_experiment(own, train, val, mesh), own, folder, mesh)
+            if meshes.is_main():
+                files.write_json(folder / "scores.json", result.validation)
+            say(f"autoencoder: {_table(result.validation)}")
+    trained, params = load_autoencoder(folder, mesh)
+    model = build_autoencoder(trained)
+
+    @jax.jit
+    def encode(batch: Any) -> Any:
+        return model.apply(params, images.to_unit(batch), method="encode")
+
+    digest = params_hash(meshes.to_host(params))
+
+    def latents(split: str, source: Source) -> Source:
+        return encode_source(
+            source,
+            encode,
+            workdir / "latents" / split,
+            mesh,
+            autoencoder=digest,
+            batch_size=config.autoencoder.train.batch_size,
+            flip=config.data.flip,
+        )
+
+    data = latents("train", train), latents("val", val)
+    return Decoder(params, load_whitening(workdir / "latents" / "train")), data
+
+
+def _finish(
+    config: ConfigDict,
+    workdir: pathlib.Path,
+    generator: Generator,
+    result: Result,
+    train: Source,
+    val: Source,
+) -> dict[str, float]:
+    """Draw the final samples, score them, and say where everything is."""
+    settings = config.sample
+    labels = sample_labels(settings, train.class_names)
+    begin = time.monotonic()
+    params = result.state.ema if settings.weights == "ema" else result.state.params
+    samples = generator(params, settings, labels)
+    seconds = time.monotonic() - begin
+    scores = dict(result.validation)
+    for name in config.eval.scores:
+        scores |= SCORES[name](samples, labels, train, val)
+    protocol = f"{len(labels)} samples, {settings.sampler} {settings.steps} steps, w = {settings.guidance:g}, "
+    say(f"{_table(scores)}  ({protocol}{settings.weights} weights, seed {settings.seed}, drawn in {seconds:.1f} s)")
+    if meshes.is_main():
+        sheet = save_samples(workdir / "samples" / "final", np.asarray(samples), labels, settings.format)
+        say(f"sample grid: {sheet}")
+    say(f"more samples: python -m jaxdiff.main --mode=sample --workdir={workdir} --config.sample.guidance=3.0")
+    return scores
+
+
+def _table(scores: dict[str, float]) -> str:
+    return "  ".join(f"{name} {value:.4g}" for name, value in scores.items())
