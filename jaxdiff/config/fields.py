@@ -124,9 +124,9 @@ def sample() -> ConfigDict:
     """How samples are drawn, during training and by --mode=sample."""
     return ConfigDict(
         dict(
-            sampler="ddim",  # ddim or ddpm
+            sampler="ddim",  # ddim, ddpm or ddpm_large
             steps=50,  # of the num_steps timesteps
-            spacing="leading",  # leading, trailing or linspace
+            spacing="leading",  # leading, trailing, linspace or adm: which timesteps
             eta=0.0,  # ddim: 0 = deterministic, 1 = as noisy as ddpm
             guidance=0.0,  # w in (1+w) cond - w uncond; elsewhere written as s = 1 + w
             clip=True,  # x0 predictions to [-1, 1]; latents have no such bounds

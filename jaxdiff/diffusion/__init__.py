@@ -9,11 +9,13 @@ from jaxdiff.diffusion.samplers import (
     denoise_step,
     initial_noise,
     make_plan,
+    plan_row,
     sample,
     sample_keys,
+    trajectory,
 )
 from jaxdiff.diffusion.schedules import SCHEDULES, Schedule, extract, make_schedule
-from jaxdiff.diffusion.spacing import SPACINGS, timestep_pairs
+from jaxdiff.diffusion.spacing import SPACINGS, sections, timestep_pairs
 
 __all__ = [
     "SAMPLERS",
@@ -29,6 +31,7 @@ __all__ = [
     "make_plan",
     "make_schedule",
     "p_mean_variance",
+    "plan_row",
     "predict_eps_from_x0",
     "predict_x0_from_eps",
     "q_posterior",
@@ -36,6 +39,8 @@ __all__ = [
     "sample",
     "sample_keys",
     "sample_timesteps",
+    "sections",
     "simple_loss",
     "timestep_pairs",
+    "trajectory",
 ]

@@ -1,0 +1,193 @@
+"""What the maths promises beyond single numbers: inverses, ends of tables, statistics, and one program for all plans."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from jaxdiff import diffusion as df
+from jaxdiff.errors import ConfigError
+
+SCHEDULE = df.make_schedule("linear", beta_start=2e-4, beta_end=0.02)
+KEY = jax.random.key(0)
+
+
+def normal(seed, *shape):
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
+
+
+def toy_model(x, t):
+    return jnp.tanh(x + t[:, None, None, None] / 1000)
+
+
+@pytest.mark.parametrize("name", df.SCHEDULES)
+def test_tables(name):
+    s = df.make_schedule(name, 200, beta_start=1e-4, beta_end=0.02)
+    assert s.betas.dtype == s.alphas_cumprod.dtype == np.float64
+    assert ((s.betas > 0) & (s.betas < 1)).all() and (np.diff(s.alphas_cumprod) < 0).all()
+    assert s.alphas_cumprod_prev[0] == 1 and s.posterior_variance[0] == 0
+    assert np.isfinite(s.posterior_log_variance_clipped).all()
+
+
+def test_fewer_steps_reach_the_same_noise():
+    last = [df.make_schedule("linear", n, beta_start=1e-4, beta_end=0.02).alphas_cumprod[-1] for n in (100, 1000)]
+    assert 0.4 < last[0] / last[1] < 1
+
+
+def test_extract_at_both_ends():
+    table = SCHEDULE.betas
+    np.testing.assert_array_equal(
+        df.extract(table, jnp.array([0, 999]), 3), np.float32(table[[0, 999]])[:, None, None]
+    )
+
+
+def test_predictions_invert_each_other():
+    x0, eps, t = normal(0, 4, 3, 3, 2), normal(1, 4, 3, 3, 2), jnp.array([0, 10, 500, 999])
+    x_t = df.q_sample(SCHEDULE, x0, t, eps)
+    np.testing.assert_allclose(df.predict_x0_from_eps(SCHEDULE, x_t, t, eps), x0, atol=1e-4)
+    np.testing.assert_allclose(df.predict_eps_from_x0(SCHEDULE, x_t, t, x0), eps, atol=1e-4)
+
+
+def test_simple_loss_is_per_sample():
+    loss = df.simple_loss(jnp.ones((2, 4, 4, 1)) * jnp.array([1.0, 3.0])[:, None, None, None], jnp.zeros((2, 4, 4, 1)))
+    np.testing.assert_allclose(loss, [1, 9])
+
+
+def test_timesteps_are_uniform_and_in_range():
+    t = np.asarray(df.sample_timesteps(KEY, 100_000, 10))
+    counts = np.bincount(t, minlength=10)
+    assert len(counts) == 10 and counts.min() > 9_500
+
+
+def test_guidance_formula_per_sample():
+    cond, uncond = normal(0, 3, 2, 2, 1), normal(1, 3, 2, 2, 1)
+    w = jnp.array([0.0, 1.5, 3.0])
+    out = df.guide(cond, uncond, w)
+    np.testing.assert_array_equal(out[0], cond[0])
+    np.testing.assert_allclose(out[2], 4 * cond[2] - 3 * uncond[2], rtol=1e-5)
+    np.testing.assert_allclose(df.guide(cond, uncond, 1.5)[1], out[1], rtol=1e-6)
+
+
+def test_guidance_is_one_forward_pass_of_twice_the_batch():
+    calls = []
+
+    def apply(x, t, y):
+        calls.append((x.shape, y.tolist()))
+        return x * y[:, None, None, None]
+
+    model = df.classifier_free(apply, null_label=10)
+    x = normal(0, 2, 2, 2, 1)
+    out = model(x, jnp.array([5, 5]), jnp.array([3, 4]), jnp.array([1.0, 2.0]))
+    assert calls == [((4, 2, 2, 1), [3, 4, 10, 10])]
+    np.testing.assert_allclose(out, jnp.stack([(2 * 3 - 10) * x[0], (3 * 4 - 2 * 10) * x[1]]), rtol=1e-5)
+
+
+@pytest.mark.parametrize("spacing", df.SPACINGS)
+@pytest.mark.parametrize("steps", [1, 2, 50, 300, 999, 1000])
+def test_spacings_descend_to_the_clean_end(spacing, steps):
+    t, t_prev = df.timestep_pairs(spacing, 1000, steps)
+    assert len(t) == len(t_prev) == steps
+    assert (np.diff(t) < 0).all() and t.min() >= 0 and t.max() <= 999
+    assert t_prev[-1] == -1 and (t_prev < t).all()
+    if spacing != "leading":
+        assert t[0] == 999
+
+
+def test_changing_the_plan_or_the_weight_does_not_compile_again():
+    traces = []
+
+    @jax.jit
+    def run(plan, x, keys, w):
+        def model(x, t):
+            traces.append(1)
+            return toy_model(x, t) * (1 + w)
+
+        return df.sample(model, plan, x, keys, clip=True)
+
+    keys = df.sample_keys(KEY, jnp.arange(2))
+    x = df.initial_noise(keys, (4, 4, 1))
+    plans = [
+        df.make_plan(SCHEDULE, "ddim", steps=50),
+        df.make_plan(SCHEDULE, "ddim", steps=100, spacing="trailing", eta=0.5),
+        df.make_plan(SCHEDULE, "ddpm", steps=1000),
+    ]
+    results = [run(plan, x, keys, w) for plan in plans for w in (0.0, 1.5, 3.0)]
+    assert len(traces) == 1
+    assert len({np.asarray(r).tobytes() for r in results}) == 9
+
+
+def draw(count, steps=10, eta=1.0, place=lambda x: x):
+    indices = place(jnp.arange(count))
+    plan = df.make_plan(SCHEDULE, "ddim", steps=steps, eta=eta)
+
+    @jax.jit
+    def run(indices):
+        keys = df.sample_keys(KEY, indices)
+        return df.sample(toy_model, plan, df.initial_noise(keys, (4, 4, 1)), keys, clip=False)
+
+    return np.asarray(run(indices))
+
+
+def test_sample_k_does_not_depend_on_batch_size_or_devices():
+    whole = draw(8)
+    np.testing.assert_allclose(draw(3), whole[:3], rtol=1e-5)
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    spread = draw(8, place=lambda x: jax.device_put(x, NamedSharding(mesh, PartitionSpec("data"))))
+    np.testing.assert_allclose(spread, whole, rtol=1e-5)
+    assert len({row.tobytes() for row in whole}) == 8
+
+
+def test_trajectory_ends_where_sample_does():
+    keys = df.sample_keys(KEY, jnp.arange(3))
+    x_init = df.initial_noise(keys, (4, 4, 1))
+    plan = df.make_plan(SCHEDULE, "ddpm", steps=7)
+    x, x0 = df.trajectory(toy_model, plan, x_init, keys, num_steps=7, clip=True)
+    assert x.shape == x0.shape == (7, 3, 4, 4, 1)
+    np.testing.assert_allclose(x[-1], df.sample(toy_model, plan, x_init, keys, clip=True), rtol=1e-5)
+    assert np.abs(x0).max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("sampler", "spacing", "eta", "steps"),
+    [
+        ("ddim", "adm", 0.0, 1000),
+        ("ddim", "trailing", 1.0, 1000),
+        ("ddpm", "leading", 0.0, 1000),
+        ("ddpm_large", "leading", 0.0, 1000),
+    ],
+)
+def test_samplers_recover_a_gaussian_from_its_exact_denoiser(sampler, spacing, eta, steps):
+    mean, std = 0.3, 0.2
+    abar = jnp.asarray(SCHEDULE.alphas_cumprod, jnp.float32)
+
+    def model(x, t):  # E[eps | x_t] when x_0 ~ N(mean, std^2)
+        a = abar[t][:, None]
+        return jnp.sqrt(1 - a) * (x - jnp.sqrt(a) * mean) / (a * std**2 + 1 - a)
+
+    keys = df.sample_keys(KEY, jnp.arange(64))
+    plan = df.make_plan(SCHEDULE, sampler, steps=steps, spacing=spacing, eta=eta)
+    x = np.asarray(df.sample(model, plan, df.initial_noise(keys, (512,)), keys, clip=False))
+    assert abs(x.mean() - mean) < 0.005 and abs(x.std() / std - 1) < 0.025
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda: df.make_schedule("linaer"), "diffusion.schedule = 'linaer'.*linear, scaled_linear, cosine"),
+        (lambda: df.make_schedule("linear", 1), "diffusion.num_steps = 1"),
+        (lambda: df.make_schedule("linear", 10), r"num_steps = 10.*\(0, 1\)"),
+        (lambda: df.make_plan(SCHEDULE, "ddmi"), "sample.sampler = 'ddmi'.*ddim, ddpm"),
+        (lambda: df.make_plan(SCHEDULE, steps=0), "sample.steps = 0.*1..1000"),
+        (lambda: df.make_plan(SCHEDULE, steps=1001), "sample.steps = 1001.*1..1000"),
+        (lambda: df.make_plan(SCHEDULE, spacing="even"), "sample.spacing = 'even'.*leading, trailing"),
+        (lambda: df.make_plan(SCHEDULE, eta=1.5), "sample.eta = 1.5"),
+        (lambda: df.make_plan(SCHEDULE, "ddpm", eta=0.5), "sample.eta = 0.5.*0 for other samplers"),
+        (lambda: df.sections(1000, "ddim300"), "no integer stride takes exactly 300"),
+        (lambda: df.sections(10, "4,7"), "section 1 has 5 timesteps, of which 7"),
+    ],
+)
+def test_errors_name_field_value_and_what_is_allowed(call, words):
+    with pytest.raises(ConfigError, match=words) as error:
+        call()
+    assert "\n" not in str(error.value)
