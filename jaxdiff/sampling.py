@@ -137,21 +137,17 @@ def columns(labels: Int[np.ndarray, " n"]) -> int:
     return min(len(labels), period if 1 < period <= 20 else 10)
 
 
-def load_decoder(folder: pathlib.Path, whitening: Whitening, mesh: Mesh) -> Decoder:
+def load_autoencoder(config: ConfigDict, folder: pathlib.Path, mesh: Mesh) -> Any:
     """The averaged parameters of the autoencoder in the workdir `folder`.
 
-    Raises: ConfigError when it is no workdir of configs/vae.py with a checkpoint.
+    Raises: ConfigError when it is no workdir of configs/vae.py with a checkpoint, or of another architecture.
     """
-    params = load_autoencoder(folder, mesh)[1]
-    return Decoder(params, whitening)
-
-
-def load_autoencoder(folder: pathlib.Path, mesh: Mesh) -> tuple[ConfigDict, Any]:
-    """Config and averaged parameters of the autoencoder in the workdir `folder`; errors as `load_decoder`."""
     path = folder / "config.json"
     if not path.exists() or files.load(path).experiment != "vae":
         raise ConfigError(f"config.autoencoder.path = {str(folder)!r}: must be a workdir made by configs/vae.py")
-    config = files.load(path)
+    for field, value in files.load(path).autoencoder.items():
+        own = config.autoencoder[field]
+        require(own == value, f"autoencoder.{field}", own, f"{value!r} as in {path}")
     model = build_autoencoder(config)
     size = config.data.image_size
     image, f = jnp.zeros((1, size, size, 3)), model.downsampling
@@ -162,7 +158,7 @@ def load_autoencoder(folder: pathlib.Path, mesh: Mesh) -> tuple[ConfigDict, Any]
     checkpoints = Checkpoints(folder)
     params = checkpoints.restore_params(abstract, None, "ema")
     checkpoints.close()
-    return config, params
+    return params
 
 
 def run_sample(config: ConfigDict, workdir: pathlib.Path, step: int | None) -> pathlib.Path:
@@ -174,7 +170,7 @@ def run_sample(config: ConfigDict, workdir: pathlib.Path, step: int | None) -> p
     labels = sample_labels(config.sample, meta["class_names"])
     decoder = None
     if config.experiment == "ldm":
-        decoder = load_decoder(workdir / meta["autoencoder"], Whitening(**meta["whitening"]), mesh)
+        decoder = Decoder(load_autoencoder(config, workdir / meta["autoencoder"], mesh), Whitening(**meta["whitening"]))
     generator = Generator(config, meta["shape"], len(meta["class_names"]), mesh, decoder)
     params = checkpoints.restore_params(generator.abstract_params(), step, config.sample.weights)
     checkpoints.close()

@@ -79,8 +79,8 @@ def _latent_stages(
             if meshes.is_main():
                 files.write_json(folder / "scores.json", result.validation)
             say(f"autoencoder: {_table(result.validation)}")
-    trained, params = load_autoencoder(folder, mesh)
-    model = build_autoencoder(trained)
+    params = load_autoencoder(config, folder, mesh)
+    model = build_autoencoder(config)
 
     @jax.jit
     def encode(batch: Any) -> Any:
