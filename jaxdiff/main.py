@@ -1,4 +1,4 @@
-"""Command line: python -m jaxdiff.main --config=configs/ldm_cfg.py [--mode=...] [--workdir=...] [--config.FIELD=...]."""
+"""Command line: python -m jaxdiff.main --config=FILE[:dataset] [--mode=...] [--workdir=...] [--config.FIELD=...]."""
 
 import pathlib
 import sys

@@ -95,7 +95,7 @@ class UNet(nn.Module):
                 else:
                     h = Upsample(width, self.dtype, name=f"up{i}_resample")(h)
 
-        # The last convolution runs in float32: it is cheap, and bfloat16 noise in eps would be integrated by the sampler.
+        # The last convolution runs in float32: it is cheap, and the sampler would add up bfloat16's rounding of eps.
         h = nn.silu(group_norm(h.shape[-1], jnp.float32, 1e-5, "norm_out")(h))
         return conv3x3(self.out_channels, jnp.float32, zero=True, name="conv_out")(h)
 

@@ -1,4 +1,4 @@
-"""What the maths promises beyond single numbers: inverses, ends of tables, statistics, and one program for all plans."""
+"""What the maths promises beyond single numbers: inverses, ends of tables, statistics, one program for all plans."""
 
 import jax
 import jax.numpy as jnp
@@ -37,9 +37,7 @@ def test_fewer_steps_reach_the_same_noise():
 
 def test_extract_at_both_ends():
     table = SCHEDULE.betas
-    np.testing.assert_array_equal(
-        df.extract(table, jnp.array([0, 999]), 3), np.float32(table[[0, 999]])[:, None, None]
-    )
+    np.testing.assert_array_equal(df.extract(table, jnp.array([0, 999]), 3), np.float32(table[[0, 999]])[:, None, None])
 
 
 def test_predictions_invert_each_other():
