@@ -26,10 +26,10 @@ def get_config(dataset: str = "digits") -> ConfigDict:
 
     if dataset == "digits":
         config.model.update(
-            channels=64, channel_mult=(1, 2), num_res_blocks=1, attention_resolutions=(8, 4), head_dim=32
+            channels=64, channel_mult=(1, 1), num_res_blocks=1, attention_resolutions=(4, 2), head_dim=32
         )
-        config.update(epochs=0.0, steps=3000, lr=1e-3, warmup_steps=100, ema_decay=0.999)
-        config.update(sample_every=1000, checkpoint_every=1000)
+        config.update(epochs=0.0, steps=1200, batch_size=64, lr=3e-3, warmup_steps=100, ema_decay=0.99)
+        config.update(sample_every=400, checkpoint_every=400)
         config.eval.scores = ("knn_accuracy",)
     elif dataset == "cifar10":  # latents of 8x8
         config.model.update(channels=192, channel_mult=(1, 2), attention_resolutions=(8, 4))

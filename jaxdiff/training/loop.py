@@ -2,6 +2,7 @@
 
 import pathlib
 import signal
+import time
 from typing import Any, NamedTuple
 
 import jax
@@ -107,10 +108,13 @@ def fit(
     logger.resume(start)  # forgets what a run that died after its last checkpoint recorded
     timer = StepTimer(config.batch_size)
 
-    def save(step: int) -> None:
-        checkpoints.save(state, {**experiment.meta, "data": {"batches": step}}, validator.last.get(MONITOR, np.inf))
+    def save(step: int, val_loss: float = np.inf) -> None:
+        checkpoints.save(state, {**experiment.meta, "data": {"batches": step}}, val_loss)
 
-    def log(step: int, metrics: dict[str, Any]) -> None:
+    def read(step: int, metrics: dict[str, Any]) -> None:
+        jax.block_until_ready(metrics)
+        if step % config.log_every and step != total:
+            return
         values = {name: float(value) for name, value in metrics.items()}
         rate = timer.lap(step)
         logger.scalars(step, {**values, "images_per_second": rate.images_per_second, "step_time": rate.step_time})
@@ -138,31 +142,38 @@ def fit(
         meshes.batch_sharding(mesh),
     )
     pending: tuple[int, dict[str, Any]] | None = None
+    compiled = None
     with StopSignal() as stop:
-        timer.start(start)
         for done, batch in enumerate(batches, start + 1):
-            state, metrics = train_step(state, batch)
-            # The metrics of a step are read when the next one is under way, so that the devices never wait.
+            if compiled is None:  # ahead of the first step, so that no step's time has it in it
+                begin = time.monotonic()
+                compiled = train_step.lower(state, batch).compile()
+                say(f"{experiment.stage}: step compiled in {time.monotonic() - begin:.0f} s")
+                timer.start(start)
+            state, metrics = compiled(state, batch)
+            # The metrics of a step are read when the next one is under way, so that the devices never wait, and no
+            # more than two are, so that batches do not pile up on them.
             if pending:
-                log(*pending)
-            pending = (done, metrics) if done % config.log_every == 0 or done == total else None
+                read(*pending)
+            pending = (done, metrics)
             last = done == total
             if done % config.checkpoint_every == 0 or last:
+                jax.block_until_ready(metrics)
                 with timer.pause():
                     logger.scalars(done, validator(state.ema))
-                    save(done)
+                    save(done, validator.last[MONITOR])
             if last or (config.sample_every and done % config.sample_every == 0):
+                jax.block_until_ready(metrics)
                 with timer.pause():
                     render(done)
             if not last and (done == stop_at or checkpoints.should_stop(done, stop.signum)):
-                if pending:
-                    log(*pending)
+                read(done, metrics)
                 save(done)
                 checkpoints.close()
                 logger.close()
                 raise Stopped(done, total, stop.signum)
         if pending:
-            log(*pending)
+            read(*pending)
     checkpoints.close()
     logger.close()
     return Result(state, validator.last or validator(state.ema))

@@ -59,7 +59,7 @@ def make_train_step(
     seed: int,
     ema_decay: float,
     accumulate: int = 1,
-) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]:
+) -> jax.stages.Wrapped:
     """Jitted (state, batch) -> (state, metrics); the state is donated, the batch split over the mesh.
 
     Metrics are means over the global batch, with "loss", "lr" and "grad_norm" (before clipping) among them. With

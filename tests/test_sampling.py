@@ -1,0 +1,142 @@
+"""Drawing images: labels, files that are never overwritten, one program for many settings, image k by (seed, k)."""
+
+import jax
+import numpy as np
+import pytest
+
+from jaxdiff import images
+from jaxdiff.errors import ConfigError
+from jaxdiff.sampling import Generator, columns, sample_labels, save_samples
+
+NAMES = ["cat", "dog", "7"]
+
+
+def mesh_of(count):
+    return jax.make_mesh((count,), ("data",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:count])
+
+
+@pytest.mark.parametrize(
+    ("classes", "expected"),
+    [("", [0, 1, 2, 0, 1]), ("dog", [1] * 5), (" 2, cat ", [2, 0, 2, 0, 2]), ("7", [2] * 5), ("0,0,1", [0, 0, 1, 0, 0])],
+)
+def test_labels_by_name_and_number(tiny, classes, expected):
+    settings = tiny("ddpm").sample
+    settings.update(classes=classes, num=5)
+    assert sample_labels(settings, NAMES).tolist() == expected
+
+
+@pytest.mark.parametrize("classes", ["bird", "3", "-1", "cat,dgo"])
+def test_an_unknown_class_is_one_line(tiny, classes):
+    settings = tiny("ddpm").sample
+    settings.classes = classes
+    with pytest.raises(ConfigError, match=r"config.sample.classes = '(bird|3|-1|dgo)': must be .*0\.\.2.*cat, dog, 7"):
+        sample_labels(settings, NAMES)
+
+
+def test_columns_hold_one_class_each():
+    assert columns(np.resize(np.arange(10), 100)) == 10
+    assert columns(np.resize(np.arange(4), 12)) == 4
+    assert columns(np.zeros(25, int)) == 10
+    assert columns(np.arange(100)) == 10
+    assert columns(np.zeros(3, int)) == 3
+
+
+@pytest.mark.parametrize("format", ["npz", "png"])
+def test_files_are_never_overwritten(tmp_path, format):
+    samples = np.random.default_rng(0).integers(0, 256, (3, 4, 4, 3), np.uint8)
+    labels = np.array([0, 1, 0])
+    first = save_samples(tmp_path / "s", samples, labels, format)
+    second = save_samples(tmp_path / "s", 255 - samples, labels, format)
+    assert (first.name, second.name) == ("s.png", "s-2.png")
+    if format == "npz":
+        with np.load(tmp_path / "s.npz") as data:
+            np.testing.assert_array_equal(data["arr_0"], samples)
+            np.testing.assert_array_equal(data["arr_1"], labels)
+        assert (tmp_path / "s-2.npz").exists()
+    else:
+        assert sorted(p.name for p in (tmp_path / "s").iterdir()) == [f"00000{k}-class{labels[k]}.png" for k in range(3)]
+        assert len(list((tmp_path / "s-2").iterdir())) == 3
+
+
+@pytest.fixture(scope="module")
+def config(tiny):
+    return tiny("ddpm")
+
+
+@pytest.fixture(scope="module")
+def generator(config):
+    return Generator(config, (8, 8, 3), 10, mesh_of(8))
+
+
+@pytest.fixture(scope="module")
+def params(generator):
+    """Of the size of trained ones: the zeros of initialisation would make every prediction zero."""
+    tree = generator.abstract_params()
+    leaves, structure = jax.tree.flatten(tree)
+    rng = np.random.default_rng(0)
+    return jax.tree.unflatten(structure, [rng.normal(0, 0.2, leaf.shape).astype(np.float32) for leaf in leaves])
+
+
+def draw(generator, params, config, labels, **settings):
+    changed = config.sample.copy_and_resolve_references()
+    changed.update(settings)
+    return generator(params, changed, np.asarray(labels))
+
+
+def test_one_program_for_all_steps_weights_samplers_and_spacings(generator, params, config):
+    labels = np.arange(16) % 10
+    first = draw(generator, params, config, labels, steps=3, guidance=1.5)
+    for change in (
+        {"steps": 5, "guidance": 1.5},
+        {"steps": 3, "guidance": 3.0},
+        {"steps": 3, "guidance": 1.5, "eta": 1.0},
+        {"steps": 3, "guidance": 1.5, "sampler": "ddpm"},
+        {"steps": 3, "guidance": 1.5, "spacing": "trailing"},
+        {"steps": 3, "guidance": 1.5, "seed": 1},
+    ):
+        assert (draw(generator, params, config, labels, **change) != first).any(), change
+    assert generator._run._cache_size() == 1
+
+
+def test_image_k_depends_on_seed_and_k_alone(generator, params, config):
+    labels = np.arange(16) % 10
+    settings = {"guidance": 1.5, "sampler": "ddpm"}
+    reference = draw(generator, params, config, labels, **settings)
+    assert (draw(generator, params, config, labels[:9], **settings) == reference[:9]).all()
+    in_parts = draw(generator, params, config, labels, batch_size=8, **settings)
+    on_one = Generator(config, (8, 8, 3), 10, mesh_of(1))
+    alone = draw(on_one, params, config, labels, **settings)
+    # Programs of other shapes round otherwise, by a grey level.
+    for other in (in_parts, alone):
+        assert np.abs(other.astype(int) - reference).max() <= 1
+
+
+def test_guidance_is_the_formula(generator, params, config):
+    """With one step, x0 is linear in eps: guided images are (1+w) cond - w uncond where nothing was clipped."""
+    labels = np.full(16, 3)
+    settings = {"steps": 1, "clip": False, "spacing": "leading"}  # t = 0, where eps hardly moves x
+    cond = draw(generator, params, config, labels, guidance=0.0, **settings)
+    guided = draw(generator, params, config, labels, guidance=2.0, **settings)
+    uncond = draw(generator, params, config, np.full(16, 10), guidance=0.0, **settings)
+    expected = 3.0 * cond - 2.0 * uncond
+    inside = (np.minimum(np.minimum(cond, uncond), guided) > 0) & (np.maximum(np.maximum(cond, uncond), guided) < 255)
+    assert inside.mean() > 0.3 and (cond != uncond).any()
+    assert np.abs(expected - guided)[inside].max() <= 4
+
+
+def test_pixels_there_and_back():
+    levels = np.arange(256, dtype=np.uint8)
+    np.testing.assert_array_equal(images.to_uint8(images.to_unit(levels)), levels)
+    assert images.to_unit(levels)[0] == -1 and images.to_unit(levels)[255] == 1
+    np.testing.assert_array_equal(images.to_uint8(np.array([-3.0, 3.0])), [0, 255])
+
+
+def test_grid_puts_images_row_by_row():
+    sheet = images.grid(np.arange(3, dtype=np.uint8)[:, None, None, None] * np.ones((3, 2, 2, 3), np.uint8), 2, gap=1)
+    assert sheet.shape == (5, 5, 3)
+    assert sheet[0, 3, 0] == 1 and sheet[3, 0, 0] == 2 and (sheet[3:, 3:] == 255).all() and (sheet[2] == 255).all()
+
+
+def test_psnr():
+    a = np.zeros((2, 4, 4, 3), np.float32)
+    np.testing.assert_allclose(images.psnr(a, a + np.array([0.2, 0.02])[:, None, None, None]), [20, 40], rtol=1e-4)

@@ -1,0 +1,83 @@
+"""Checkpoints: what is kept, what comes back, and what is said when there is none."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxdiff import mesh as meshes
+from jaxdiff.errors import ConfigError
+from jaxdiff.training.checkpoint import Checkpoints
+from jaxdiff.training.optimizer import make_optimizer
+from jaxdiff.training.step import TrainState
+
+
+def state_at(step, mesh=None):
+    params = {"w": jnp.arange(16.0) + step, "b": {"x": jnp.full((2, 3), step, jnp.float32)}}
+    optimizer = make_optimizer(lambda n: 1e-3, 1e-4, 1.0)
+    state = TrainState(jnp.int32(step), params, jax.tree.map(lambda x: x / 2, params), optimizer.init(params))
+    return meshes.put_replicated(state, mesh or meshes.make_mesh())
+
+
+def abstract(state):
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+
+
+def save_all(folder, losses, keep=2):
+    checkpoints = Checkpoints(folder, keep)
+    for step, loss in losses.items():
+        checkpoints.save(state_at(step), {"data": {"batches": step}, "class_names": ["a"]}, loss)
+    checkpoints.close()
+
+
+def test_the_last_few_and_the_best_are_kept(tmp_path):
+    save_all(tmp_path, {10: 3.0, 20: 1.0, 30: 2.0, 40: 2.5, 50: 2.0})
+    checkpoints = Checkpoints(tmp_path)
+    assert checkpoints.steps == [20, 40, 50] and checkpoints.latest == 50
+
+
+def test_everything_comes_back(tmp_path):
+    save_all(tmp_path, {10: 1.0})
+    state = state_at(10)
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    got, meta = checkpoints.restore(abstract(state))
+    jax.tree.map(np.testing.assert_array_equal, got, state)
+    assert jax.tree.structure(got) == jax.tree.structure(state)
+    assert meta == {"data": {"batches": 10}, "class_names": ["a"]}
+    checkpoints.close()
+
+
+def test_restores_onto_other_devices(tmp_path):
+    save_all(tmp_path, {10: 1.0})
+    one = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[3:4])
+    got, _ = Checkpoints(tmp_path).restore(abstract(state_at(10, one)))
+    assert got.params["w"].sharding.device_set == {jax.devices()[3]}
+    np.testing.assert_array_equal(got.params["w"], np.arange(16.0) + 10)
+
+
+@pytest.mark.parametrize(("weights", "factor"), [("raw", 1.0), ("ema", 0.5)])
+def test_parameters_alone(tmp_path, weights, factor):
+    save_all(tmp_path, {10: 1.0, 20: 2.0})
+    got = Checkpoints(tmp_path).restore_params(abstract(state_at(0).params), 10, weights)
+    np.testing.assert_array_equal(got["w"], factor * (np.arange(16.0) + 10))
+
+
+def test_one_line_says_which_steps_there_are(tmp_path):
+    save_all(tmp_path, {10: 1.0, 20: 2.0})
+    with pytest.raises(ConfigError, match=r"--step=15: .* has steps 10, 20$"):
+        Checkpoints(tmp_path).pick(15)
+    assert Checkpoints(tmp_path).pick(None) == 20
+
+
+def test_reading_where_nothing_was_written_makes_nothing(tmp_path):
+    with pytest.raises(ConfigError, match="no checkpoint yet"):
+        Checkpoints(tmp_path / "none").pick(None)
+    assert not (tmp_path / "none").exists()
+
+
+def test_saving_a_step_twice_keeps_the_first(tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    checkpoints.save(state_at(10), {"n": 1}, 1.0)
+    checkpoints.save(state_at(10), {"n": 2}, 1.0)
+    assert checkpoints.meta() == {"n": 1}
+    checkpoints.close()
