@@ -9,20 +9,31 @@ from ml_collections import config_flags
 from jaxdiff.errors import ConfigError, Stopped
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
+MODES = ("train", "sample")
 
-CONFIG = config_flags.DEFINE_config_file(
-    "config",
-    str(ROOT / "configs" / "ldm_cfg.py"),
-    "Experiment, FILE or FILE:dataset; fields by --config.FIELD=...",
-)
-MODE = flags.DEFINE_enum(
-    "mode",
-    "train",
-    ("train", "sample"),
-    "train: to the end, going on where it stopped; sample: from a checkpoint.",
-)
-WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; default runs/<config.name>.")
-STEP = flags.DEFINE_integer("step", None, "Checkpoint to sample from; default the newest.")
+
+def define_flags() -> None:
+    """The flags; the config's default is read here, with the fields that the command line gives."""
+    default = str(ROOT / "configs" / "ldm_cfg.py")
+    config_flags.DEFINE_config_file("config", default, "Experiment, FILE or FILE:dataset; fields by --config.FIELD=...")
+    flags.DEFINE_enum("mode", "train", MODES, "train: go on to the end; sample: draw images from a checkpoint.")
+    flags.DEFINE_string("workdir", None, "Folder of the run; default runs/<config.name>.")
+    flags.DEFINE_integer("step", None, "Checkpoint to sample from; default the newest.")
+
+
+def parse(argv: list[str]) -> list[str]:
+    """Define and parse the flags; whatever is wrong with them is a ConfigError."""
+    try:
+        define_flags()
+        rest = flags.FLAGS(argv)
+        _ = flags.FLAGS.config.name  # a file that cannot be read is an error only now
+        return rest
+    except AttributeError as error:
+        inner = error.args[0]  # the config's KeyError, where it is one
+        name, _, hint = str(inner.args[0] if isinstance(inner, KeyError) else inner).partition("\n")
+        raise ConfigError(f"--config has no field {name}. {hint} All fields: jaxdiff/config/fields.py") from None
+    except (flags.Error, KeyError, TypeError, ValueError, OSError) as error:
+        raise ConfigError(" ".join(str(error).split())) from None
 
 
 def run(argv: list[str]) -> None:
@@ -32,19 +43,12 @@ def run(argv: list[str]) -> None:
     logging.set_verbosity(logging.ERROR)  # the libraries' running commentary
     from jaxdiff import startup  # imports JAX, which --help and a misspelt flag need not wait for
 
-    workdir = pathlib.Path(WORKDIR.value or f"runs/{CONFIG.value.name}")
-    if MODE.value == "train":
-        startup.train(CONFIG.value, workdir)
+    args = flags.FLAGS
+    workdir = pathlib.Path(args.workdir or f"runs/{args.config.name}")
+    if args.mode == "train":
+        startup.train(args.config, workdir)
     else:
-        startup.sample(workdir, config_flags.get_override_values(flags.FLAGS["config"]), STEP.value)
-
-
-def parse(argv: list[str]) -> list[str]:
-    """Parse the flags; whatever is wrong with them is a ConfigError."""
-    try:
-        return flags.FLAGS(argv)
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
-        raise ConfigError(" ".join(str(error).split())) from None
+        startup.sample(workdir, config_flags.get_override_values(args["config"]), args.step)
 
 
 def main() -> None:

@@ -72,7 +72,7 @@ class Generator:
         )
         key = named_key(settings.seed, "sample")
         # Every batch has the same size, so that there is one program and image k does not depend on n.
-        size = settings.batch_size
+        size = -(-settings.batch_size // self.mesh.size) * self.mesh.size
         out = []
         for first in range(0, len(labels), size):
             indices = np.arange(first, first + size)
@@ -137,17 +137,20 @@ def columns(labels: Int[np.ndarray, " n"]) -> int:
     return min(len(labels), period if 1 < period <= 20 else 10)
 
 
-def load_autoencoder(config: ConfigDict, folder: pathlib.Path, mesh: Mesh) -> Any:
-    """The averaged parameters of the autoencoder in the workdir `folder`.
-
-    Raises: ConfigError when it is no workdir of configs/vae.py with a checkpoint, or of another architecture.
-    """
+def check_autoencoder(config: ConfigDict, folder: pathlib.Path) -> None:
+    """ConfigError when `folder` is no workdir of configs/vae.py, or has another architecture than the config."""
     path = folder / "config.json"
     if not path.exists() or files.load(path).experiment != "vae":
         raise ConfigError(f"config.autoencoder.path = {str(folder)!r}: must be a workdir made by configs/vae.py")
     for field, value in files.load(path).autoencoder.items():
         own = config.autoencoder[field]
         require(own == value, f"autoencoder.{field}", own, f"{value!r} as in {path}")
+    Checkpoints(folder).pick(None)
+
+
+def load_autoencoder(config: ConfigDict, folder: pathlib.Path, mesh: Mesh) -> Any:
+    """The averaged parameters of the autoencoder in the workdir `folder`; errors as in `check_autoencoder`."""
+    check_autoencoder(config, folder)
     model = build_autoencoder(config)
     size = config.data.image_size
     image, f = jnp.zeros((1, size, size, 3)), model.downsampling

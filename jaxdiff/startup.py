@@ -45,5 +45,5 @@ def sample(workdir: pathlib.Path, overrides: dict[str, Any], step: int | None) -
             raise ConfigError(f"--config.{field}: cannot change in --mode=sample; only sample.* can")
     config.update_from_flattened_dict(overrides)
     start()
-    check.validate_sample(config, jax.device_count())
+    check.validate_sample(config)
     print(f"sample grid: {run_sample(config, workdir, step)}", flush=True)

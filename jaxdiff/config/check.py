@@ -59,7 +59,7 @@ def validate(config: ConfigDict, num_devices: int) -> None:
     if "model" in config:
         _validate_unet(config, size, name)
         _validate_diffusion(config)
-        validate_sample(config, num_devices)
+        validate_sample(config)
         for score in config.eval.scores:
             require(score in SCORES, "eval.scores", score, f"among {', '.join(SCORES)}")
 
@@ -123,7 +123,7 @@ def _validate_diffusion(config: ConfigDict) -> None:
     require(0 <= d.label_dropout < 1, "diffusion.label_dropout", d.label_dropout, "in [0, 1)")
 
 
-def validate_sample(config: ConfigDict, num_devices: int) -> None:
+def validate_sample(config: ConfigDict) -> None:
     """The check of the fields `sample`, which --mode=sample repeats after its changes."""
     s, d = config.sample, config.diffusion
     _one_of(config, "sample.sampler", tuple(SAMPLERS))
@@ -142,5 +142,3 @@ def validate_sample(config: ConfigDict, num_devices: int) -> None:
         "0 with diffusion.label_dropout = 0, which trains no null class",
     )
     _at_least(config, 1, "sample.num", "sample.batch_size")
-    allowed = f"a multiple of the {num_devices} devices"
-    require(s.batch_size % num_devices == 0, "sample.batch_size", s.batch_size, allowed)

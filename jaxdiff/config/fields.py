@@ -133,7 +133,7 @@ def sample() -> ConfigDict:
             clip=True,  # x0 predictions to [-1, 1]; latents have no such bounds
             classes="",  # names or numbers with commas between, repeated in turn; empty = all
             num=100,  # images
-            batch_size=100,  # images computed at a time
+            batch_size=100,  # images computed at a time, rounded up to a multiple of the devices
             weights="ema",  # ema or raw
             seed=0,  # image k is a function of (seed, k)
             format="npz",  # npz (one array) or png (a folder)

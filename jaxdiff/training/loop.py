@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from jaxdiff import images
 from jaxdiff import mesh as meshes
 from jaxdiff.data import device_batches, eval_batches, train_batches
-from jaxdiff.errors import ConfigError, Stopped
+from jaxdiff.errors import Stopped
 from jaxdiff.training.checkpoint import MONITOR, Checkpoints
 from jaxdiff.training.experiments import Experiment
 from jaxdiff.training.logging import RunLogger, StepTimer
@@ -23,14 +23,17 @@ from jaxdiff.training.step import TrainState, init_state, make_eval_step, make_t
 
 
 class StopSignal:
-    """Notes SIGTERM and SIGINT instead of dying of them; a second one is obeyed at once."""
+    """Notes SIGTERM and SIGINT instead of dying of them; a second one is obeyed at once.
+
+    Of several processes JAX's own service notes SIGTERM, and all stop after the same step (`Checkpoints.should_stop`).
+    """
 
     def __init__(self) -> None:
         self.signum = 0
         self._old: dict[int, Any] = {}
 
     def __enter__(self) -> "StopSignal":
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in (signal.SIGTERM, signal.SIGINT) if jax.process_count() == 1 else ():
             self._old[number] = signal.signal(number, self._note)
         return self
 
@@ -69,10 +72,6 @@ def fit(
     Raises: Stopped on SIGTERM, SIGINT or at `stop_at`, with the state saved.
     """
     total = total_steps(config, len(experiment.train))
-    if config.warmup_steps >= total:
-        raise ConfigError(
-            f"config.warmup_steps = {config.warmup_steps}: must be less than the {total} steps of the run"
-        )
     schedule = lr_schedule(config.lr, total, config.warmup_steps)
     optimizer = make_optimizer(schedule, config.weight_decay, config.clip_norm)
     train_step = make_train_step(
@@ -171,7 +170,7 @@ def fit(
                 save(done)
                 checkpoints.close()
                 logger.close()
-                raise Stopped(done, total, stop.signum)
+                raise Stopped(done, total, stop.signum or (0 if done == stop_at else signal.SIGTERM))
         if pending:
             read(*pending)
     checkpoints.close()

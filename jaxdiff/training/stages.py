@@ -13,13 +13,14 @@ from jaxdiff import images
 from jaxdiff import mesh as meshes
 from jaxdiff.build import build_autoencoder
 from jaxdiff.config import files
+from jaxdiff.config.check import require
 from jaxdiff.data import load_source
 from jaxdiff.data.latents import encode_source, load_whitening, params_hash
 from jaxdiff.data.sources import Source
 from jaxdiff.evaluation.scores import SCORES
-from jaxdiff.sampling import Decoder, Generator, load_autoencoder, sample_labels, save_samples
+from jaxdiff.sampling import Decoder, Generator, check_autoencoder, load_autoencoder, sample_labels, save_samples
 from jaxdiff.training.experiments import autoencoder_experiment, diffusion_experiment
-from jaxdiff.training.loop import Result, fit, say
+from jaxdiff.training.loop import Result, fit, say, total_steps
 
 
 def run_train(config: ConfigDict, workdir: pathlib.Path, *, stop_at: int | None = None) -> dict[str, float]:
@@ -29,7 +30,8 @@ def run_train(config: ConfigDict, workdir: pathlib.Path, *, stop_at: int | None 
     say(f"{config.name} on {mesh.size} x {mesh.devices.flat[0].device_kind}, workdir {workdir}")
     train, val = load_source(config.data, "train"), load_source(config.data, "val")
     say(f"{len(train):,} training and {len(val):,} validation images in {len(train.class_names)} classes")
-    if meshes.is_main():  # not before the data were found, so that a wrong path leaves nothing behind
+    _check(config, train)
+    if meshes.is_main():  # not before the data were found and all is checked: a mistake leaves nothing behind
         files.claim_workdir(config, workdir)
     meshes.barrier("workdir")
     if config.experiment == "vae":
@@ -51,6 +53,22 @@ def run_train(config: ConfigDict, workdir: pathlib.Path, *, stop_at: int | None 
         files.write_json(workdir / "scores.json", scores)
     say(f"{time.monotonic() - begin:.0f} s in all; checkpoints: {workdir / 'checkpoints'}")
     return scores
+
+
+def _check(config: ConfigDict, train: Source) -> None:
+    """What can be checked only with the data, or the autoencoder's workdir, at hand."""
+    recipes = {"": config}
+    if config.experiment == "ldm":
+        if config.autoencoder.path:
+            check_autoencoder(config, pathlib.Path(config.autoencoder.path))
+        else:
+            recipes["autoencoder.train."] = config.autoencoder.train
+    for prefix, recipe in recipes.items():
+        total = total_steps(recipe, len(train))
+        allowed = f"less than the {total} steps of the run"
+        require(recipe.warmup_steps < total, f"{prefix}warmup_steps", recipe.warmup_steps, allowed)
+    if "sample" in config:
+        sample_labels(config.sample, train.class_names)
 
 
 def vae_config(config: ConfigDict) -> ConfigDict:

@@ -32,10 +32,9 @@ class Encoder:
         return Posterior(x, jnp.log(0.25 + 0 * x))
 
 
-def encode(folder, encoder, autoencoder="a" * 64, flip=True, data=None):
-    return encode_source(
-        data or source(), encoder, folder / "train", meshes.make_mesh(), autoencoder=autoencoder, batch_size=8, flip=flip
-    )
+def encode(folder, encoder, autoencoder="a" * 64, flip=True):
+    mesh, path = meshes.make_mesh(), folder / "train"
+    return encode_source(source(), encoder, path, mesh, autoencoder=autoencoder, batch_size=8, flip=flip)
 
 
 def test_both_orientations_of_every_image(tmp_path):

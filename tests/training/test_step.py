@@ -41,9 +41,7 @@ def toy_run(devices=1, accumulate=1, steps=3, lr=0.1, clip_norm=1.0, ema_decay=0
     optimizer = make_optimizer(schedule, 0.01, clip_norm)
     state = init_state(lambda key: {"w": jax.random.normal(key, (3,))}, optimizer, SEED, mesh)
     objective = Objective(prepare, loss)
-    step = make_train_step(
-        objective, optimizer, schedule, mesh, seed=SEED, ema_decay=ema_decay, accumulate=accumulate
-    )
+    step = make_train_step(objective, optimizer, schedule, mesh, seed=SEED, ema_decay=ema_decay, accumulate=accumulate)
     states, metrics = [jax.tree.map(np.asarray, state)], []
     for k in range(steps):
         batch = {"x": np.random.default_rng(k).standard_normal((BATCH, 3)).astype(np.float32)}
@@ -127,26 +125,29 @@ def test_evaluation_leaves_out_rows_of_weight_zero_and_repeats_its_draws():
     full, part = run([1, 1, 1, 1], 0), run([1, 1, 1, 0], 0)
     changed = run([1, 1, 1, 0], 0, np.concatenate([x[:3], x[3:] + 100]))
     assert full == run([1, 1, 1, 1], 0) and full["loss"] != run([1, 1, 1, 1], 1)["loss"]
-    assert part["weight"] == 3 and part["loss"] == pytest.approx(changed["loss"]) < full["loss"]
+    assert part["weight"] == 3 and part["loss"] < full["loss"]
+    assert part["loss"] == pytest.approx(changed["loss"])
 
 
-def unet_run(tiny, devices, **settings):
-    """Three steps of the tiny UNet on noise images: metrics, parameters, average."""
+def unet_run(tiny, devices, start=None):
+    """Three steps of the tiny UNet on noise images: parameters at the start, metrics, parameters, average."""
     config = tiny("ddpm")
     unet, mesh = build_unet(config, 3, 10), mesh_of(devices)
     schedule = lr_schedule(1e-3, 10)
     optimizer = make_optimizer(schedule, 1e-4, 1.0)
     one = jnp.zeros((1,), jnp.int32)
-    state = init_state(lambda key: unet.init(key, jnp.zeros((1, 8, 8, 3)), one, one), optimizer, SEED, mesh)
+    init = (lambda key: start) if start else (lambda key: unet.init(key, jnp.zeros((1, 8, 8, 3)), one, one))
+    state = init_state(init, optimizer, SEED, mesh)
+    start = jax.tree.map(np.asarray, state.params)
     objective = diffusion_objective(unet, make_schedule("linear"), label_dropout=0.1)
-    step = make_train_step(objective, optimizer, schedule, mesh, seed=SEED, ema_decay=0.99, **settings)
+    step = make_train_step(objective, optimizer, schedule, mesh, seed=SEED, ema_decay=0.99)
     metrics = []
     for k in range(3):
         rng = np.random.default_rng(k)
-        batch = {"image": rng.integers(0, 256, (BATCH, 8, 8, 3), np.uint8), "label": rng.integers(0, 10, BATCH, np.int32)}
-        state, one_step = step(state, meshes.put_batch(batch, mesh))
+        image, label = rng.integers(0, 256, (BATCH, 8, 8, 3), np.uint8), rng.integers(0, 10, BATCH, np.int32)
+        state, one_step = step(state, meshes.put_batch({"image": image, "label": label}, mesh))
         metrics.append({name: float(value) for name, value in one_step.items()})
-    return metrics, jax.tree.map(np.asarray, state.params), jax.tree.map(np.asarray, state.ema)
+    return start, metrics, jax.tree.map(np.asarray, state.params), jax.tree.map(np.asarray, state.ema)
 
 
 @pytest.fixture(scope="module")
@@ -155,10 +156,10 @@ def eight(tiny):
 
 
 def test_eight_devices_train_as_one_does(tiny, eight):
-    metrics, params, ema = unet_run(tiny, 1)
-    assert_trees_close(metrics, eight[0], rtol=1e-4)
+    _, metrics, params, ema = unet_run(tiny, 1, start=eight[0])
+    assert_trees_close(metrics, eight[1], rtol=1e-4)
     # Adam divides by gradients of any size, so that rounding shows as fractions of the learning rate.
-    assert_trees_close((params, ema), eight[1:], atol=2e-4)
+    assert_trees_close((params, ema), eight[2:], atol=2e-4)
 
 
 def test_golden_step(eight):
@@ -168,11 +169,11 @@ def test_golden_step(eight):
     for name, value in golden.items():
         assert now[name] == pytest.approx(value, rel=1e-3), (
             f"{name} is {now[name]}, recorded was {value}: training computes something else than before. If that is "
-            "meant (another initialisation, loss or optimiser), record anew and say why in the commit; if not, it is a bug"
+            "meant (another initialisation, loss or optimiser), record it anew and say why in the commit"
         )
 
 
-def summary(metrics, params, ema):
+def summary(start, metrics, params, ema):
     norms = {name: float(optax.tree.norm(tree)) for name, tree in (("params", params), ("ema", ema))}
     return {f"{name} {k}": m[name] for k, m in enumerate(metrics) for name in ("loss", "grad_norm")} | norms
 

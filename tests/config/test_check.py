@@ -1,0 +1,125 @@
+"""Every impossible config is one line that names the field, its value and what is allowed, before anything compiles."""
+
+import pathlib
+
+import pytest
+
+from configs import ddpm, ldm_cfg, vae
+from jaxdiff.config import check, fields, files
+from jaxdiff.errors import ConfigError
+
+CONFIGS = {"ldm": ldm_cfg, "ddpm": ddpm, "vae": vae}
+
+WRONG = [
+    # experiment, field, value, what is allowed
+    ("ddpm", "dtype", "float16", "auto, float32, bfloat16"),
+    ("ddpm", "data.source", "digit", "did you mean 'digits'"),
+    ("ddpm", "data.image_size", 4, "at least 8"),
+    ("ddpm", "batch_size", 100, "a multiple of 8 (8 devices x accumulate 1)"),
+    ("ddpm", "batch_size", 0, "at least 1"),
+    ("ddpm", "accumulate", 3, None),
+    ("ddpm", "lr", 0.0, "positive"),
+    ("ddpm", "lr", float("nan"), "positive"),
+    ("ddpm", "ema_decay", 1.0, "in [0, 1)"),
+    ("ddpm", "epochs", 3.0, "steps"),
+    ("ddpm", "steps", 0, None),
+    ("ddpm", "weight_decay", -1.0, "at least 0"),
+    ("ddpm", "model.attention_resolutions", (8, 5), "32, 16, 8"),
+    ("ddpm", "model.channel_mult", (1, 1, 1, 1, 1, 1, 1), "2^(levels - 1) = 64"),
+    ("ddpm", "model.channel_mult", (), "not empty"),
+    ("ddpm", "model.head_dim", 24, "divisor of the 64 channels"),
+    ("ddpm", "model.dropout", 1.0, "in [0, 1)"),
+    ("ddpm", "diffusion.schedule", "cosin", "did you mean 'cosine'"),
+    ("ddpm", "diffusion.num_steps", 1, "at least 2"),
+    ("ddpm", "diffusion.beta_start", 0.5, "beta_end"),
+    ("ddpm", "diffusion.label_dropout", 1.0, "in [0, 1)"),
+    ("ddpm", "sample.sampler", "dim", "did you mean 'ddim'"),
+    ("ddpm", "sample.spacing", "even", "leading, trailing"),
+    ("ddpm", "sample.steps", 1001, "1..1000"),
+    ("ddpm", "sample.eta", 1.5, "in [0, 1]"),
+    ("ddpm", "sample.guidance", -0.5, "at least 0"),
+    ("ddpm", "sample.weights", "best", "ema, raw"),
+    ("ddpm", "sample.format", "jpg", "npz, png"),
+    ("ddpm", "sample.batch_size", 0, "at least 1"),
+    ("ddpm", "eval.scores", ("fid",), "knn_accuracy"),
+    ("ldm", "autoencoder.channel_mult", (), "not empty"),
+    ("ldm", "autoencoder.train.batch_size", 12, "multiple of 8"),
+    ("ldm", "autoencoder.train.lr", -1.0, "positive"),
+    ("ldm", "data.image_size", 36, "multiple of the autoencoder's downsampling, 8"),
+    ("vae", "keep", 0, "at least 1"),
+]
+
+
+def config_of(experiment):
+    return CONFIGS[experiment].get_config("digits")
+
+
+@pytest.mark.parametrize("experiment", CONFIGS)
+@pytest.mark.parametrize("dataset", fields.DATASETS)
+def test_all_presets_are_possible(experiment, dataset):
+    config = CONFIGS[experiment].get_config(dataset)
+    if dataset == "folder":
+        config.data.path = "somewhere"
+    for devices in (1, 2, 4, 8):
+        check.validate(config, devices)
+    assert config.name == f"{experiment}-{dataset}"
+
+
+@pytest.mark.parametrize(("experiment", "field", "value", "allowed"), WRONG)
+def test_one_line_names_field_value_and_what_is_allowed(experiment, field, value, allowed):
+    config = config_of(experiment)
+    check.validate(config, 8)
+    config.update_from_flattened_dict({field: value})
+    with pytest.raises(ConfigError) as error:
+        check.validate(config, 8)
+    line = str(error.value)
+    assert "\n" not in line
+    if allowed is None:  # two fields contradict each other: either may be named, the other is in the line
+        assert field.split(".")[-1] in line
+    else:
+        shown = value[-1] if isinstance(value, tuple) and field.endswith(("resolutions", "scores")) else value
+        assert f"config.{field} = {shown!r}: must be" in line
+        assert allowed in line
+
+
+def test_contradicting_sampler_settings():
+    config = config_of("ddpm")
+    config.sample.update(sampler="ddpm", eta=0.5)
+    with pytest.raises(ConfigError, match=r"config.sample.eta = 0.5: must be 0 with sample.sampler = 'ddpm'"):
+        check.validate(config, 8)
+    config = config_of("ldm")
+    config.diffusion.label_dropout = 0.0
+    with pytest.raises(ConfigError, match=r"config.sample.guidance = 2.0: must be 0 with diffusion.label_dropout = 0"):
+        check.validate(config, 8)
+
+
+def test_unknown_data_set():
+    with pytest.raises(ConfigError, match=r":cifar: the data set must be one of digits, cifar10"):
+        ldm_cfg.get_config("cifar")
+
+
+def test_a_config_comes_back_from_its_file(tmp_path):
+    for experiment in CONFIGS:
+        config = config_of(experiment)
+        files.save(config, tmp_path / "config.json")
+        assert files.load(tmp_path / "config.json").to_dict() == config.to_dict()
+
+
+def test_whose_a_workdir_is(tmp_path):
+    config = config_of("ldm")
+    files.claim_workdir(config, tmp_path / "run")
+    config.sample.steps = 7  # may change
+    files.claim_workdir(config, tmp_path / "run")
+    config.model.channels = 256
+    with pytest.raises(ConfigError, match=r"config.model.channels = 256: .* was made with 64"):
+        files.check_workdir(config, tmp_path / "run")
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_what_is_no_workdir_is_left_alone(tmp_path: pathlib.Path, kind):
+    precious = tmp_path / "x" if kind == "file" else tmp_path / "x" / "thesis.tex"
+    precious.parent.mkdir(exist_ok=True)
+    precious.write_text("years of work")
+    with pytest.raises(ConfigError, match="exists and is not a jaxdiff workdir"):
+        files.claim_workdir(config_of("ldm"), tmp_path / "x")
+    assert precious.read_text() == "years of work" and len(list(tmp_path.rglob("*"))) == (1 if kind == "file" else 2)

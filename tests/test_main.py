@@ -1,0 +1,141 @@
+"""The command line as a user meets it: train, stop, go on, sample; and what it says to mistakes."""
+
+import json
+import os
+import pathlib
+import re
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+ROOT = pathlib.Path(__file__).parent.parent
+TINY = """
+from tests.conftest import tiny_config
+
+def get_config(experiment):
+    config = tiny_config(experiment)
+    config.update(steps=500, log_every=1, checkpoint_every=250)
+    return config
+"""
+
+
+def environment():
+    """A process like a user's: one device, no TensorFlow (importing it fails), the cache of the tests."""
+    return {**os.environ, "XLA_FLAGS": "", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests' / 'without_tensorflow'}"}
+
+
+def jaxdiff(*arguments, cwd, **kwargs):
+    command = [sys.executable, "-m", "jaxdiff.main", *arguments]
+    return subprocess.run(command, cwd=cwd, env=environment(), capture_output=True, text=True, **kwargs)
+
+
+def fails(*arguments, cwd):
+    """The one line on stderr of a command that must fail with status 2 and leave `cwd` as it is."""
+    before = sorted(cwd.rglob("*"))
+    result = jaxdiff(*arguments, cwd=cwd)
+    assert result.returncode == 2, result.stdout + result.stderr
+    assert sorted(cwd.rglob("*")) == before
+    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1, result.stderr
+    return result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--config.lrr=1"], ["no field 'lrr'", '"lr"']),
+        (["--config.lr=fast"], ["lr", "fast"]),
+        ([f"--config={ROOT}/configs/ldm_cfg.py:cifar"], [":cifar", "cifar10"]),
+        (["--config=configs/none.py"], ["none.py"]),
+        (["--mode=sampel"], ["mode", "sample"]),
+        (["lr=1"], ["lr=1", "--"]),
+        (["--config.batch_size=0"], ["config.batch_size = 0", "at least 1"]),
+        (["--config.warmup_steps=1200"], ["config.warmup_steps = 1200", "less than the 1200 steps"]),
+        ([f"--config={ROOT}/configs/ddpm.py:imagenet100"], ["data/imagenet100/train", "--config.data.path", "Kaggle"]),
+        (["--mode=sample", "--workdir=none"], ["none", "no config.json"]),
+        (["--mode=sample", "--step=3"], ["runs/ldm-digits"]),
+    ],
+)
+def test_a_mistake_is_one_line_and_leaves_nothing_behind(tmp_path, arguments, words):
+    line = fails(*arguments, cwd=tmp_path)
+    for word in words:
+        assert word in line
+
+
+def test_train_stop_go_on_sample(tmp_path):
+    (tmp_path / "tiny.py").write_text(TINY)
+    train = ["--config=tiny.py:ldm", "--workdir=run"]
+    command = [sys.executable, "-m", "jaxdiff.main", *train]
+    process = subprocess.Popen(
+        command, cwd=tmp_path, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    said = []
+    for line in process.stdout:
+        said.append(line)
+        if line.startswith("diffusion  20/500"):
+            process.send_signal(signal.SIGTERM)
+    error = process.stderr.read()
+    assert process.wait() == 128 + signal.SIGTERM, error
+    stopped = re.fullmatch(r"stopped and saved at step (\d+) of 500; the same command goes on from there\n", error)
+    assert stopped, error
+    step = stopped[1]
+    assert 20 <= int(step) < 500
+    assert re.search(r"diffusion  20/500  .*loss \S+ .*lr \S+ .* img/s  \S+ ms/step  ETA \S+", "".join(said))
+
+    # Between the two: the checkpoint can be sampled from, and another config is refused.
+    assert "config.lr = 0.1" in fails(*train, "--config.lr=0.1", cwd=tmp_path)
+    settings = ["--config.sample.classes=7,three", "--config.sample.format=png"]
+    assert "sample.classes = 'three'" in fails("--mode=sample", "--workdir=run", *settings, cwd=tmp_path)
+    assert "has steps " + step in fails("--mode=sample", "--workdir=run", "--step=1", cwd=tmp_path)
+    assert "config.lr" in fails("--mode=sample", "--workdir=run", "--config.lr=0.1", cwd=tmp_path)
+
+    done = jaxdiff(*train, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    assert f"going on from step {step} of 500" in done.stdout and "autoencoder" not in done.stdout.split("val_loss")[0]
+    run = tmp_path / "run"
+    for line in ("sample grid: run/samples/final.png", "checkpoints: run/checkpoints", "--mode=sample --workdir=run"):
+        assert line in done.stdout
+    scores = json.loads((run / "scores.json").read_text())
+    assert {"val_loss", "knn_accuracy", "knn_accuracy_real"} == set(scores)
+    metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [m["step"] for m in metrics if "loss" in m] == list(range(1, 501))
+    assert {"loss", "lr", "grad_norm", "images_per_second", "step_time"} <= set(metrics[0])
+    assert json.loads((run / "config.json").read_text())["lr"] == 0.003
+    assert list((run / "tensorboard" / "diffusion").glob("events.*"))
+    assert list((run / "samples").glob("diffusion-0000500-raw-ema.png"))
+
+    settings = ["--config.sample.classes=7,2", "--config.sample.num=4", "--config.sample.guidance=2.0"]
+    more = ["--config.sample.sampler=ddpm", "--config.sample.steps=4", "--config.sample.weights=raw"]
+    drawn = jaxdiff("--mode=sample", "--workdir=run", *settings, *more, cwd=tmp_path)
+    assert drawn.returncode == 0, drawn.stderr
+    grid = tmp_path / drawn.stdout.strip().removeprefix("sample grid: ")
+    assert Image.open(grid).size == (34, 34)
+    with np.load(grid.with_suffix(".npz")) as data:
+        assert data["arr_0"].shape == (4, 16, 16, 3) and data["arr_1"].tolist() == [7, 2, 7, 2]
+    old = jaxdiff("--mode=sample", "--workdir=run", "--step=250", *settings, cwd=tmp_path)
+    assert old.returncode == 0 and "step250-ema-ddim" in old.stdout
+
+
+def test_autoencoder_alone_then_given_to_another_run(tmp_path):
+    (tmp_path / "tiny.py").write_text(TINY.replace("500", "3").replace("250", "3"))
+    first = jaxdiff("--config=tiny.py:vae", "--workdir=vae", cwd=tmp_path)
+    assert first.returncode == 0, first.stderr
+    assert "autoencoder: " in first.stdout and "sample grid" not in first.stdout
+    assert "nothing to sample" in fails("--mode=sample", "--workdir=vae", cwd=tmp_path)
+
+    ldm = ["--config=tiny.py:ldm", "--workdir=ldm", "--config.data.image_size=8"]
+    wrong = [*ldm, "--config.autoencoder.path=vae", "--config.autoencoder.channels=16"]
+    assert "autoencoder.channels = 16" in fails(*wrong, cwd=tmp_path)
+    assert "autoencoder.path" in fails(*ldm, "--config.autoencoder.path=elsewhere", cwd=tmp_path)
+    second = jaxdiff(*ldm, "--config.autoencoder.path=vae", cwd=tmp_path)
+    assert second.returncode == 0, second.stderr
+    assert "autoencoder  " not in second.stdout and not (tmp_path / "ldm" / "autoencoder").exists()
+    # Its place is in the checkpoint, so that sampling finds it from anywhere.
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    drawn = jaxdiff("--mode=sample", "--workdir=../ldm", cwd=elsewhere)
+    assert drawn.returncode == 0, drawn.stderr

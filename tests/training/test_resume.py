@@ -1,0 +1,127 @@
+"""A run that is stopped and started again ends as if it had not been stopped, to the last bit."""
+
+import json
+import os
+import signal
+
+import jax
+import numpy as np
+import pytest
+
+from jaxdiff.errors import ConfigError, Stopped
+from jaxdiff.training import loop
+from jaxdiff.training.checkpoint import Checkpoints
+from jaxdiff.training.stages import run_train
+
+STEPS = 20
+
+
+def config_of(tiny):
+    config = tiny("ddpm")
+    config.model.update(channel_mult=(1,), attention_resolutions=(), dropout=0.1)
+    # Neither the checkpoints, the log nor the epochs of 1,500 images end where the run is stopped.
+    config.update(steps=STEPS, log_every=3, checkpoint_every=8, sample_every=0, batch_size=160, accumulate=2)
+    config.data.flip = True
+    config.eval.scores = ()
+    return config
+
+
+def leaves(workdir):
+    """All arrays of the last checkpoint, by path, and its meta."""
+    checkpoints = Checkpoints(workdir)
+    step = checkpoints.pick(None)
+    folder = workdir / "checkpoints" / str(step)
+    import orbax.checkpoint as ocp
+
+    trees = {item: ocp.StandardCheckpointer().restore(folder / item) for item in ("params", "ema", "optimizer")}
+    flat = {jax.tree_util.keystr(path): np.asarray(x) for path, x in jax.tree_util.tree_leaves_with_path(trees)}
+    return step, flat, checkpoints.meta(step)
+
+
+def records(workdir):
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    timing = ("images_per_second", "step_time")
+    return [{k: v for k, v in line.items() if k not in timing} for line in lines]
+
+
+@pytest.fixture(scope="module")
+def whole(tiny, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("whole") / "run"
+    run_train(config_of(tiny), workdir)
+    return workdir
+
+
+def assert_same(workdir, whole):
+    (step, mine, meta), (last, reference, meta_reference) = leaves(workdir), leaves(whole)
+    assert step == last == STEPS and meta == meta_reference
+    assert mine.keys() == reference.keys() and len(mine) > 50
+    for name, value in reference.items():
+        assert value.tobytes() == mine[name].tobytes(), name
+    assert records(workdir) == records(whole)
+    assert (workdir / "samples" / "final.png").read_bytes() == (whole / "samples" / "final.png").read_bytes()
+    assert json.loads((workdir / "scores.json").read_text()) == json.loads((whole / "scores.json").read_text())
+
+
+def test_ten_and_ten_are_twenty(tiny, tmp_path, whole):
+    workdir = tmp_path / "run"
+    with pytest.raises(Stopped, match="stopped and saved at step 10 of 20"):
+        run_train(config_of(tiny), workdir, stop_at=10)
+    assert Checkpoints(workdir).latest == 10
+    run_train(config_of(tiny), workdir)
+    stop_line = [r for r in records(workdir) if r["step"] == 10]
+    assert not stop_line  # it is logged only where it would have been anyway
+    assert_same(workdir, whole)
+
+
+def test_killed_after_a_checkpoint(tiny, tmp_path, whole, monkeypatch):
+    """Nothing saved at the end: what came after the last checkpoint is computed, and logged, again."""
+    workdir = tmp_path / "run"
+
+    class Killed(Exception):
+        pass
+
+    def die(self, step, signum):
+        if step == 13:
+            raise Killed
+        return False
+
+    monkeypatch.setattr(Checkpoints, "should_stop", die)
+    with pytest.raises(Killed):
+        run_train(config_of(tiny), workdir)
+    monkeypatch.undo()
+    assert {r["step"] for r in records(workdir)} >= {9, 12}
+    run_train(config_of(tiny), workdir)
+    assert_same(workdir, whole)
+
+
+def test_sigterm_saves_and_stops(tiny, tmp_path, monkeypatch):
+    workdir = tmp_path / "run"
+    lap = loop.StepTimer.lap
+
+    def lap_then_signal(self, step):
+        if step == 6:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return lap(self, step)
+
+    monkeypatch.setattr(loop.StepTimer, "lap", lap_then_signal)
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(Stopped) as stopped:
+        run_train(config_of(tiny), workdir)
+    assert stopped.value.signum == signal.SIGTERM
+    assert Checkpoints(workdir).latest == 7 and signal.getsignal(signal.SIGTERM) == before
+
+
+def test_finished_run_trains_no_more_and_overwrites_nothing(tiny, whole):
+    before = leaves(whole)[1]
+    run_train(config_of(tiny), whole)
+    assert (whole / "samples" / "final-2.png").exists()
+    assert all((before[name] == value).all() for name, value in leaves(whole)[1].items())
+
+
+def test_another_config_is_refused_before_anything_is_touched(tiny, whole):
+    files = {p: p.read_bytes() for p in whole.rglob("*") if p.is_file()}
+    config = config_of(tiny)
+    config.lr = 0.5
+    with pytest.raises(ConfigError, match=r"config.lr = 0.5: .* was made with 0.001"):
+        run_train(config, whole)
+    assert {p: p.read_bytes() for p in whole.rglob("*") if p.is_file()} == files

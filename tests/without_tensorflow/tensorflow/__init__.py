@@ -1,0 +1,1 @@
+raise ImportError("TensorFlow is not a dependency: nothing may need it")
