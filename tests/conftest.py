@@ -12,33 +12,10 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 import jax
 import pytest
-from ml_collections import ConfigDict
 
-from configs import ddpm, ldm_cfg, vae
+from tests.tiny import tiny_config
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
-
-
-UNET = dict(
-    channels=16, channel_mult=(1, 2), num_res_blocks=1, attention_resolutions=(4,), head_dim=16, context_tokens=2
-)
-AUTOENCODER = dict(channels=8, channel_mult=(1, 2), num_res_blocks=1, latent_channels=2)
-RECIPE = dict(epochs=0.0, steps=4, batch_size=16, warmup_steps=1, log_every=1, sample_every=0, checkpoint_every=100)
-
-
-def tiny_config(experiment: str) -> ConfigDict:
-    """A configs/*.py experiment on the digits at 16x16, with networks and a recipe that are run in seconds."""
-    config = {"ddpm": ddpm, "ldm": ldm_cfg, "vae": vae}[experiment].get_config("digits")
-    config.data.image_size = 16 if experiment == "ldm" else 8
-    config.update(RECIPE)
-    if "model" in config:
-        config.model.update(UNET)
-        config.sample.update(num=16, batch_size=16, steps=3)
-    if "autoencoder" in config:
-        config.autoencoder.update(AUTOENCODER)
-        if "train" in config.autoencoder:
-            config.autoencoder.train.update(RECIPE)
-    return config
 
 
 @pytest.fixture(scope="session")

@@ -11,83 +11,83 @@ import time
 
 import pytest
 
-ROOT = pathlib.Path(__file__).parent.parent
-TINY = """
-from tests.conftest import tiny_config
+from jaxdiff.errors import Stopped
+from jaxdiff.training.stages import run_train
+from tests.tiny import tiny_config
 
-def get_config(steps):
+ROOT = pathlib.Path(__file__).parent.parent
+STEPS = 100
+
+
+def get_config():
+    """Read by the processes as well: this file is their --config."""
     config = tiny_config("ddpm")
     config.model.update(channel_mult=(1,), attention_resolutions=())
-    config.update(steps=int(steps), log_every=1, checkpoint_every=10**6)
+    config.update(steps=STEPS, log_every=1, checkpoint_every=10**6)
     config.eval.scores = ()
     return config
-"""
 
 
-def start(cwd, steps, processes, devices, workdir):
-    """The processes of one run, with `devices` devices each."""
+def start(cwd):
+    """Two processes of one run, with a device each; their output goes to log-0 and log-1."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     running = []
-    for index in range(processes):
+    for index in range(2):
         environment = {
             **os.environ,
             "PYTHONPATH": str(ROOT),
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+            "XLA_FLAGS": "",  # a device each
+            "JAXDIFF_COORDINATOR": f"localhost:{port}",
+            "JAXDIFF_NUM_PROCESSES": "2",
+            "JAXDIFF_PROCESS_ID": str(index),
         }
-        if processes > 1:
-            environment |= {
-                "JAXDIFF_COORDINATOR": f"localhost:{port}",
-                "JAXDIFF_NUM_PROCESSES": str(processes),
-                "JAXDIFF_PROCESS_ID": str(index),
-            }
-        command = [sys.executable, "-m", "jaxdiff.main", f"--config=tiny.py:{steps}", f"--workdir={workdir}"]
-        log = (cwd / f"{workdir}-{index}.log").open("w")
+        command = [sys.executable, "-m", "jaxdiff.main", f"--config={__file__}", "--workdir=run"]
+        log = (cwd / f"log-{index}").open("w")
         running.append(subprocess.Popen(command, cwd=cwd, env=environment, stdout=log, stderr=subprocess.STDOUT))
     return running
 
 
-def logs(cwd, workdir):
-    return "\n".join(path.read_text() for path in sorted(cwd.glob(f"{workdir}-*.log")))
+def logs(cwd):
+    return [(cwd / f"log-{index}").read_text() for index in range(2)]
 
 
-def losses(cwd, workdir):
-    lines = map(json.loads, (cwd / workdir / "metrics.jsonl").read_text().splitlines())
+def losses(workdir):
+    lines = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
     return {line["step"]: line["loss"] for line in lines if "loss" in line}
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("distributed")
-    (path / "tiny.py").write_text(TINY)
-    return path
-
-
-def test_two_processes_train_as_one(folder):
-    for workdir, processes in (("two", 2), ("one", 1)):
-        for process in start(folder, 6, processes, 2 // processes, workdir):
-            assert process.wait(300) == 0, logs(folder, workdir)
-    two, one = losses(folder, "two"), losses(folder, "one")
-    assert list(two) == list(one) == [1, 2, 3, 4, 5, 6]
-    assert two == pytest.approx(one, rel=1e-4)
-    assert (folder / "two" / "samples" / "final.npz").exists()
-    second = (folder / "two-1.log").read_text()
-    assert "loss" not in second  # one process alone talks
-
-
-def test_a_signal_to_one_stops_both_at_the_same_step(folder):
-    running = start(folder, 100_000, 2, 1, "long")
-    metrics = folder / "long" / "metrics.jsonl"
+def test_two_processes_train_stop_together_and_go_on_as_one_would(tmp_path):
+    # A signal to one of them stops both after the same step.
+    running = start(tmp_path)
+    metrics = tmp_path / "run" / "metrics.jsonl"
     for _ in range(1200):
         if metrics.exists() and metrics.read_text().count("\n") > 5:
             break
-        assert all(process.poll() is None for process in running), logs(folder, "long")
+        assert all(process.poll() is None for process in running), logs(tmp_path)
         time.sleep(0.1)
     running[1].send_signal(signal.SIGTERM)
     for process in running:
-        assert process.wait(120) == 128 + signal.SIGTERM, logs(folder, "long")
-    said = {line for line in logs(folder, "long").splitlines() if line.startswith("stopped and saved at step")}
+        assert process.wait(120) == 128 + signal.SIGTERM, logs(tmp_path)
+    said = {line for log in logs(tmp_path) for line in log.splitlines() if line.startswith("stopped and saved at step")}
     assert len(said) == 1
-    step = int(said.pop().split()[5].replace(",", ""))
-    assert [int(p.name) for p in (folder / "long" / "checkpoints").iterdir()] == [step]
+    step = int(said.pop().split()[5])
+    assert 5 < step < STEPS
+    assert [int(p.name) for p in (tmp_path / "run" / "checkpoints").iterdir()] == [step]
+
+    for process in start(tmp_path):
+        assert process.wait(300) == 0, logs(tmp_path)
+    first, second = logs(tmp_path)
+    assert f"going on from step {step} of {STEPS}" in first and "sample grid" in first
+    assert "loss" not in second and "sample" not in second  # one process alone talks
+    assert (tmp_path / "run" / "samples" / "final.npz").exists()
+    two = losses(tmp_path / "run")
+    assert list(two) == list(range(1, STEPS + 1))
+
+    # The losses are those of one process with eight devices.
+    with pytest.raises(Stopped):
+        run_train(get_config(), tmp_path / "alone", stop_at=6)
+    alone = losses(tmp_path / "alone")
+    assert len(alone) == 6
+    assert {step: two[step] for step in alone} == pytest.approx(alone, rel=1e-4)

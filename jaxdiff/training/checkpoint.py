@@ -50,7 +50,14 @@ class Checkpoints:
         step = int(state.step)
         if step in self._manager.all_steps():
             return
-        tree = ocp.args.StandardSave
+
+        def one_copy(x: jax.Array) -> jax.Array:
+            # Orbax has every device write a slice of what all of them hold: on one host, thousands of tiny copies.
+            return x.addressable_data(0) if x.is_fully_replicated and jax.process_count() == 1 else x
+
+        def tree(part: Any) -> ocp.args.StandardSave:
+            return ocp.args.StandardSave(jax.tree.map(one_copy, part))
+
         items = ocp.args.Composite(
             params=tree(state.params),
             ema=tree(state.ema),

@@ -179,6 +179,6 @@ def summary(start, metrics, params, ema):
 
 
 if __name__ == "__main__":
-    from tests.conftest import tiny_config
+    from tests.tiny import tiny_config
 
     GOLDEN.write_text(json.dumps(summary(*unet_run(tiny_config, 8)), indent=2) + "\n")
