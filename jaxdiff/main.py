@@ -1,5 +1,6 @@
 """Command line: python -m jaxdiff.main --config=FILE[:dataset] [--mode=...] [--workdir=...] [--config.FIELD=...]."""
 
+import os
 import pathlib
 import sys
 
@@ -40,7 +41,9 @@ def run(argv: list[str]) -> None:
     """Do what the parsed flags say."""
     if argv[1:]:
         raise ConfigError(f"argument {argv[1]!r}: not understood; every argument begins with --")
-    logging.set_verbosity(logging.ERROR)  # the libraries' running commentary
+    # The libraries' running commentary; XLA's while it tries out GPU kernels cannot be turned off later.
+    logging.set_verbosity(logging.ERROR)
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     from jaxdiff import startup  # imports JAX, which --help and a misspelt flag need not wait for
 
     args = flags.FLAGS
