@@ -51,7 +51,8 @@ def run(argv: list[str]) -> None:
     if args.mode == "train":
         startup.train(args.config, workdir)
     else:
-        startup.sample(workdir, config_flags.get_override_values(args["config"]), args.step)
+        named = args.config.name if args["config"].present else None
+        startup.sample(workdir, named, config_flags.get_override_values(args["config"]), args.step)
 
 
 def main() -> None:

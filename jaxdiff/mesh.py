@@ -67,6 +67,12 @@ def is_main() -> bool:
     return jax.process_index() == 0
 
 
+def say(line: str) -> None:
+    """Print on one process."""
+    if is_main():
+        print(line, flush=True)
+
+
 def barrier(name: str) -> None:
     """Wait until all processes are here."""
     if jax.process_count() > 1:

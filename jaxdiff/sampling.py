@@ -180,7 +180,8 @@ def run_sample(config: ConfigDict, workdir: pathlib.Path, step: int | None) -> p
     samples = generator(params, config.sample, labels)
     s = config.sample
     name = f"step{step}-{s.weights}-{s.sampler}{s.steps}-w{s.guidance:g}-seed{s.seed}"
-    return save_samples(workdir / "samples" / name, samples, labels, s.format) if meshes.is_main() else workdir
+    path = workdir / "samples" / name
+    return save_samples(path, samples, labels, s.format) if meshes.is_main() else path.with_name(name + ".png")
 
 
 def save_samples(

@@ -30,8 +30,11 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> None:
     run_train(config, workdir)
 
 
-def sample(workdir: pathlib.Path, overrides: dict[str, Any], step: int | None) -> None:
-    """--mode=sample: the config is the workdir's own, with `overrides` of its fields `sample.*`."""
+def sample(workdir: pathlib.Path, named: str | None, overrides: dict[str, Any], step: int | None) -> None:
+    """--mode=sample: the config is the workdir's own, with `overrides` of its fields `sample.*`.
+
+    Raises: ConfigError as well when the --config that was `named` is another than the workdir's.
+    """
     from jaxdiff.sampling import run_sample
 
     path = workdir / "config.json"
@@ -40,10 +43,12 @@ def sample(workdir: pathlib.Path, overrides: dict[str, Any], step: int | None) -
     config = files.load(path)
     if "sample" not in config:
         raise ConfigError(f"--workdir={workdir}: holds an autoencoder alone, which has nothing to sample")
+    if named not in (None, config.name):
+        raise ConfigError(f"--config: {workdir} was made with {config.name}, not {named}; leave --config out")
     for field in overrides:
-        if field.split(".")[0] not in files.FREE_FIELDS:
+        if field.split(".")[0] not in files.SAMPLE_FIELDS:
             raise ConfigError(f"--config.{field}: cannot change in --mode=sample; only sample.* can")
     config.update_from_flattened_dict(overrides)
     start()
     check.validate_sample(config)
-    print(f"sample grid: {run_sample(config, workdir, step)}", flush=True)
+    meshes.say(f"sample grid: {run_sample(config, workdir, step)}")

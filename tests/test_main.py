@@ -93,6 +93,8 @@ def test_train_stop_go_on_sample(tmp_path):
     assert "sample.classes = 'three'" in fails("--mode=sample", "--workdir=run", *settings, cwd=tmp_path)
     assert "has steps " + step in fails("--mode=sample", "--workdir=run", "--step=1", cwd=tmp_path)
     assert "config.lr" in fails("--mode=sample", "--workdir=run", "--config.lr=0.1", cwd=tmp_path)
+    other = f"--config={ROOT}/configs/ddpm.py"
+    assert "ldm-digits, not ddpm-digits" in fails("--mode=sample", "--workdir=run", other, cwd=tmp_path)
 
     done = jaxdiff(*train, cwd=tmp_path)
     assert done.returncode == 0, done.stderr

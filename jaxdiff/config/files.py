@@ -8,8 +8,16 @@ from ml_collections import ConfigDict
 
 from jaxdiff.errors import ConfigError
 
-# Fields that --mode=sample may change in a trained run, and that may differ when it is resumed.
-FREE_FIELDS = ("sample",)
+SAMPLE_FIELDS = ("sample",)  # groups that --mode=sample may change
+# Groups and fields that a resumed run may change as well: they bear on what is recorded, not on what is learnt.
+FREE_FIELDS = (*SAMPLE_FIELDS, "eval", "data.path", "data.threads", "data.cache_gb")
+FREE_RECIPE_FIELDS = ("log_every", "sample_every", "checkpoint_every", "keep")
+
+
+def may_change(field: str) -> bool:
+    """Whether a run may be resumed with another value of the field "a.b"."""
+    group, recipe_field = field.split(".")[0], field.removeprefix("autoencoder.train.")
+    return field in FREE_FIELDS or group in FREE_FIELDS or recipe_field in FREE_RECIPE_FIELDS
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:
@@ -45,12 +53,12 @@ def flatten(config: ConfigDict, prefix: str = "") -> dict[str, Any]:
 
 
 def check_workdir(config: ConfigDict, workdir: pathlib.Path) -> None:
-    """ConfigError when `workdir` was made with another config (the fields `sample` may differ) or is not one."""
+    """ConfigError when `workdir` was made with another config (but for what `may_change`) or is not one."""
     path = workdir / "config.json"
     if path.exists():
         old, new = flatten(load(path)), flatten(config)
         for field in sorted({*old, *new}):
-            if field.split(".")[0] not in FREE_FIELDS and old.get(field) != new.get(field):
+            if not may_change(field) and old.get(field) != new.get(field):
                 raise ConfigError(
                     f"config.{field} = {new.get(field)!r}: {workdir} was made with {old.get(field)!r}; "
                     "use that, or give another --workdir"
@@ -60,8 +68,7 @@ def check_workdir(config: ConfigDict, workdir: pathlib.Path) -> None:
 
 
 def claim_workdir(config: ConfigDict, workdir: pathlib.Path) -> None:
-    """Make `workdir` this config's, unless it already is; errors as `check_workdir`."""
+    """Make `workdir` this config's, whose newest values it then holds; errors as `check_workdir`."""
     check_workdir(config, workdir)
-    if not (workdir / "config.json").exists():
-        workdir.mkdir(parents=True, exist_ok=True)
-        save(config, workdir / "config.json")
+    workdir.mkdir(parents=True, exist_ok=True)
+    save(config, workdir / "config.json")

@@ -11,6 +11,7 @@ from jaxtyping import Bool, Int, UInt8
 from PIL import Image, ImageOps
 
 from jaxdiff.errors import ConfigError
+from jaxdiff.mesh import say
 
 Batch = dict[str, np.ndarray]
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
@@ -145,7 +146,7 @@ def folder(data: Any, split: str) -> Source:
         raise ConfigError(f"data.path: no {', '.join(IMAGE_SUFFIXES)} files in {root / split}/<class>/")
     source = FileSource(files, np.array(labels, np.int32), names, data.image_size)
     if len(files) * data.image_size**2 * 3 <= data.cache_gb * 1e9:
-        print(f"decoding {len(files):,} images of {root / split} into memory", flush=True)
+        say(f"decoding {len(files):,} images of {root / split} into memory")
         return source.in_memory(data.threads)
     return source
 

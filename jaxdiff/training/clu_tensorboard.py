@@ -118,12 +118,12 @@ class SummaryWriter:
         self._add(step, summaries)
 
     def write_audios(self, step: int, audios: Mapping[str, Any], *, sample_rate: int) -> None:
-        """Raises: NotImplementedError."""
-        raise NotImplementedError(f"audio {', '.join(audios)}: this writer has no encoder for audio")
+        """Raises: ValueError, always."""
+        raise ValueError(f"audio {', '.join(audios)}: this writer has no encoder for audio")
 
     def write_videos(self, step: int, videos: Mapping[str, Any]) -> None:
-        """Raises: NotImplementedError."""
-        raise NotImplementedError(f"video {', '.join(videos)}: TensorBoard has no videos; write their frames as images")
+        """Raises: ValueError, always."""
+        raise ValueError(f"video {', '.join(videos)}: TensorBoard has no videos; write their frames as images")
 
     def flush(self) -> None:
         """Bring everything to disk; it is there already."""

@@ -15,6 +15,7 @@ from jaxdiff import images
 from jaxdiff import mesh as meshes
 from jaxdiff.data import device_batches, eval_batches, train_batches
 from jaxdiff.errors import Stopped
+from jaxdiff.mesh import say
 from jaxdiff.training.checkpoint import MONITOR, Checkpoints
 from jaxdiff.training.experiments import Experiment
 from jaxdiff.training.logging import RunLogger, StepTimer
@@ -197,9 +198,3 @@ class Validator:
         weight = sums.pop("weight")
         self.last = {f"val_{name}": value / weight for name, value in sums.items()}
         return self.last
-
-
-def say(line: str) -> None:
-    """Print on one process."""
-    if meshes.is_main():
-        print(line, flush=True)

@@ -18,9 +18,10 @@ from jaxdiff.data import load_source
 from jaxdiff.data.latents import encode_source, load_whitening, params_hash
 from jaxdiff.data.sources import Source
 from jaxdiff.evaluation.scores import SCORES
+from jaxdiff.mesh import say
 from jaxdiff.sampling import Decoder, Generator, check_autoencoder, load_autoencoder, sample_labels, save_samples
 from jaxdiff.training.experiments import autoencoder_experiment, diffusion_experiment
-from jaxdiff.training.loop import Result, fit, say, total_steps
+from jaxdiff.training.loop import Result, fit, total_steps
 
 
 def run_train(config: ConfigDict, workdir: pathlib.Path, *, stop_at: int | None = None) -> dict[str, float]:

@@ -24,7 +24,7 @@ WRONG = [
     ("ddpm", "epochs", 3.0, "steps"),
     ("ddpm", "steps", 0, None),
     ("ddpm", "weight_decay", -1.0, "at least 0"),
-    ("ddpm", "model.attention_resolutions", (8, 5), "32, 16, 8"),
+    ("ddpm", "model.attention_resolutions", (8, 5), "16, 8, 4"),
     ("ddpm", "model.channel_mult", (1, 1, 1, 1, 1, 1, 1), "2^(levels - 1) = 64"),
     ("ddpm", "model.channel_mult", (), "not empty"),
     ("ddpm", "model.head_dim", 24, "divisor of the 64 channels"),
@@ -63,6 +63,16 @@ def test_all_presets_are_possible(experiment, dataset):
     for devices in (1, 2, 4, 8):
         check.validate(config, devices)
     assert config.name == f"{experiment}-{dataset}"
+
+
+@pytest.mark.parametrize("experiment", ["ldm", "ddpm"])
+def test_imagenet100_is_the_mission_s_recipe(experiment):
+    config = CONFIGS[experiment].get_config("imagenet100")
+    recipe = {field: config[field] for field in ("lr", "weight_decay", "clip_norm", "epochs", "steps", "warmup_steps")}
+    assert recipe == dict(lr=1e-4, weight_decay=1e-4, clip_norm=1.0, epochs=50.0, steps=0, warmup_steps=0)
+    diffusion = dict(schedule="linear", num_steps=1000, beta_start=2e-4, beta_end=0.02, label_dropout=0.1)
+    assert config.diffusion.to_dict() == diffusion
+    assert config.data.image_size == 128
 
 
 @pytest.mark.parametrize(("experiment", "field", "value", "allowed"), WRONG)
@@ -108,11 +118,17 @@ def test_a_config_comes_back_from_its_file(tmp_path):
 def test_whose_a_workdir_is(tmp_path):
     config = config_of("ldm")
     files.claim_workdir(config, tmp_path / "run")
-    config.sample.steps = 7  # may change
-    files.claim_workdir(config, tmp_path / "run")
-    config.model.channels = 256
-    with pytest.raises(ConfigError, match=r"config.model.channels = 256: .* was made with 64"):
-        files.check_workdir(config, tmp_path / "run")
+    config.update_from_flattened_dict(
+        {"sample.steps": 7, "data.path": "moved", "data.threads": 1, "log_every": 1, "autoencoder.train.keep": 9}
+    )
+    files.claim_workdir(config, tmp_path / "run")  # all of these may change
+    assert files.load(tmp_path / "run" / "config.json").sample.steps == 7
+    for field, value in (("model.channels", 256), ("autoencoder.path", "x"), ("data.flip", True), ("seed", 1)):
+        other = config.copy_and_resolve_references()
+        other.update_from_flattened_dict({field: value})
+        with pytest.raises(ConfigError, match=rf"config.{field} = {value!r}: .* was made with"):
+            files.claim_workdir(other, tmp_path / "run")
+        assert files.load(tmp_path / "run" / "config.json") == config
 
 
 @pytest.mark.parametrize("kind", ["file", "folder"])
