@@ -39,14 +39,16 @@ def parse(argv: list[str]) -> list[str]:
 
 def run(argv: list[str]) -> None:
     """Do what the parsed flags say."""
+    args = flags.FLAGS
     if argv[1:]:
         raise ConfigError(f"argument {argv[1]!r}: not understood; every argument begins with --")
+    if args.step is not None and args.mode != "sample":
+        raise ConfigError(f"--step={args.step}: only --mode=sample takes it; training goes on from the newest")
     # The libraries' running commentary; XLA's while it tries out GPU kernels cannot be turned off later.
     logging.set_verbosity(logging.ERROR)
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     from jaxdiff import startup  # imports JAX, which --help and a misspelt flag need not wait for
 
-    args = flags.FLAGS
     workdir = pathlib.Path(args.workdir or f"runs/{args.config.name}")
     if args.mode == "train":
         startup.train(args.config, workdir)

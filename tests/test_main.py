@@ -59,6 +59,7 @@ def fails(*arguments, cwd):
         ([f"--config={ROOT}/configs/ddpm.py:imagenet100"], ["data/imagenet100/train", "--config.data.path", "Kaggle"]),
         (["--mode=sample", "--workdir=none"], ["none", "no config.json"]),
         (["--mode=sample", "--step=3"], ["runs/ldm-digits"]),
+        (["--step=3"], ["--step=3", "--mode=sample"]),
     ],
 )
 def test_a_mistake_is_one_line_and_leaves_nothing_behind(tmp_path, arguments, words):
