@@ -16,12 +16,12 @@ from jaxdiff.training.stages import run_train
 from tests.tiny import tiny_config
 
 ROOT = pathlib.Path(__file__).parent.parent
-STEPS = 100
+STEPS = 200
 
 
 def get_config():
     """Read by the processes as well: this file is their --config."""
-    config = tiny_config("ddpm")
+    config = tiny_config("ldm")
     config.model.update(channel_mult=(1,), attention_resolutions=())
     config.update(steps=STEPS, log_every=1, checkpoint_every=10**6)
     config.eval.scores = ()
@@ -81,6 +81,7 @@ def test_two_processes_train_stop_together_and_go_on_as_one_would(tmp_path):
     first, second = logs(tmp_path)
     assert f"going on from step {step} of {STEPS}" in first and "sample grid" in first
     assert "loss" not in second and "sample" not in second  # one process alone talks
+    assert len(list((tmp_path / "run").glob("latents/*.json"))) == 2
     assert (tmp_path / "run" / "samples" / "final.npz").exists()
     two = losses(tmp_path / "run")
     assert list(two) == list(range(1, STEPS + 1))
@@ -90,4 +91,4 @@ def test_two_processes_train_stop_together_and_go_on_as_one_would(tmp_path):
         run_train(get_config(), tmp_path / "alone", stop_at=6)
     alone = losses(tmp_path / "alone")
     assert len(alone) == 6
-    assert {step: two[step] for step in alone} == pytest.approx(alone, rel=1e-4)
+    assert {step: two[step] for step in alone} == pytest.approx(alone, rel=1e-3)

@@ -1,5 +1,6 @@
 """--mode=train: the stages of an experiment one after the other, each skipped where it is finished."""
 
+import functools
 import pathlib
 import time
 from typing import Any
@@ -102,7 +103,7 @@ def _latent_stages(
     model = build_autoencoder(config)
 
     @jax.jit
-    def encode(batch: Any) -> Any:
+    def encode(params: Any, batch: Any) -> Any:
         return model.apply(params, images.to_unit(batch), method="encode")
 
     digest = params_hash(meshes.to_host(params))
@@ -110,7 +111,7 @@ def _latent_stages(
     def latents(split: str, source: Source) -> Source:
         return encode_source(
             source,
-            encode,
+            functools.partial(encode, params),
             workdir / "latents" / split,
             mesh,
             autoencoder=digest,
