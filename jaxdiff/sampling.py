@@ -181,20 +181,22 @@ def run_sample(config: ConfigDict, workdir: pathlib.Path, step: int | None) -> p
     s = config.sample
     name = f"step{step}-{s.weights}-{s.sampler}{s.steps}-w{s.guidance:g}-seed{s.seed}"
     path = workdir / "samples" / name
-    return save_samples(path, samples, labels, s.format) if meshes.is_main() else path.with_name(name + ".png")
+    return save_samples(path, samples, labels, s) if meshes.is_main() else path.with_name(name + ".png")
 
 
 def save_samples(
-    path: pathlib.Path, samples: UInt8[np.ndarray, "n h w 3"], labels: Int[np.ndarray, " n"], format: str
+    path: pathlib.Path, samples: UInt8[np.ndarray, "n h w 3"], labels: Int[np.ndarray, " n"], settings: ConfigDict
 ) -> pathlib.Path:
-    """Write the grid `path`.png and the images: `path`.npz (arr_0 images, arr_1 labels) or a folder `path` of PNGs.
+    """Write the grid `path`.png, the config fields `sample` as `path`.json, and the images in `settings.format`:
+    `path`.npz (arr_0 images, arr_1 labels) or a folder `path` of PNGs.
 
     Names that are taken get a number, so that nothing is overwritten. Returns the path of the grid.
     """
     sheet = images.fresh_path(path.with_name(path.name + ".png"))
     images.save_png(sheet, images.grid(samples, columns(labels)))
     base = sheet.with_suffix("")
-    if format == "npz":
+    files.write_json(base.with_name(base.name + ".json"), settings.to_dict())
+    if settings.format == "npz":
         np.savez(base.with_name(base.name + ".npz"), arr_0=samples, arr_1=labels)
     else:
         for k, (image, label) in enumerate(zip(samples, labels, strict=True)):

@@ -1,5 +1,7 @@
 """Drawing images: labels, files that are never overwritten, one program for many settings, image k by (seed, k)."""
 
+import json
+
 import jax
 import numpy as np
 import pytest
@@ -42,12 +44,15 @@ def test_columns_hold_one_class_each():
 
 
 @pytest.mark.parametrize("format", ["npz", "png"])
-def test_files_are_never_overwritten(tmp_path, format):
+def test_files_are_never_overwritten(tmp_path, tiny, format):
+    settings = tiny("ddpm").sample
+    settings.update(format=format, guidance=1.25)
     samples = np.random.default_rng(0).integers(0, 256, (3, 4, 4, 3), np.uint8)
     labels = np.array([0, 1, 0])
-    first = save_samples(tmp_path / "s", samples, labels, format)
-    second = save_samples(tmp_path / "s", 255 - samples, labels, format)
+    first = save_samples(tmp_path / "s", samples, labels, settings)
+    second = save_samples(tmp_path / "s", 255 - samples, labels, settings)
     assert (first.name, second.name) == ("s.png", "s-2.png")
+    assert json.loads((tmp_path / "s-2.json").read_text())["guidance"] == 1.25
     if format == "npz":
         with np.load(tmp_path / "s.npz") as data:
             np.testing.assert_array_equal(data["arr_0"], samples)

@@ -18,7 +18,7 @@ def tiny_config(experiment: str) -> ConfigDict:
     config.update(RECIPE)
     if "model" in config:
         config.model.update(UNET)
-        config.sample.update(num=16, batch_size=16, steps=3)
+        config.sample.update(num=16, batch_size=16, sampler="ddim", steps=3, spacing="leading")
     if "autoencoder" in config:
         config.autoencoder.update(AUTOENCODER)
         if "train" in config.autoencoder:

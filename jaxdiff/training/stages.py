@@ -144,7 +144,7 @@ def _finish(
     protocol = f"{len(labels)} samples, {settings.sampler} {settings.steps} steps, w = {settings.guidance:g}, "
     say(f"{_table(scores)}  ({protocol}{settings.weights} weights, seed {settings.seed}, drawn in {seconds:.1f} s)")
     if meshes.is_main():
-        sheet = save_samples(workdir / "samples" / "final", np.asarray(samples), labels, settings.format)
+        sheet = save_samples(workdir / "samples" / "final", np.asarray(samples), labels, settings)
         say(f"sample grid: {sheet}")
     say(f"more samples: python -m jaxdiff.main --mode=sample --workdir={workdir} --config.sample.guidance=3.0")
     return scores
