@@ -64,6 +64,9 @@ def main() -> None:
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:  # while nothing is being trained: there is nothing to save
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
     except Stopped as stopped:
         print(stopped, file=sys.stderr)
         sys.exit(128 + stopped.signum)
