@@ -62,10 +62,10 @@ def test_two_processes_train_stop_together_and_go_on_as_one_would(tmp_path):
     # A signal to one of them stops both after the same step.
     running = start(tmp_path)
     metrics = tmp_path / "run" / "metrics.jsonl"
-    for _ in range(1200):
-        if metrics.exists() and metrics.read_text().count("\n") > 5:
-            break
+    deadline = time.monotonic() + 400
+    while not metrics.exists() or metrics.read_text().count("\n") < 6:
         assert all(process.poll() is None for process in running), logs(tmp_path)
+        assert time.monotonic() < deadline, logs(tmp_path)
         time.sleep(0.1)
     running[1].send_signal(signal.SIGTERM)
     for process in running:
