@@ -23,3 +23,11 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 def tiny():
     """`tiny_config`, by name of the experiment."""
     return tiny_config
+
+
+@pytest.fixture(scope="module")
+def optimized():
+    """Programs compiled as users have them: for tests that run them longer than they compile them."""
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)

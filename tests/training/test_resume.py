@@ -14,13 +14,14 @@ from jaxdiff.training.checkpoint import Checkpoints
 from jaxdiff.training.stages import run_train
 
 STEPS = 20
+pytestmark = pytest.mark.usefixtures("optimized")
 
 
 def config_of(tiny):
     config = tiny("ddpm")
     config.model.update(channel_mult=(1,), attention_resolutions=(), dropout=0.1)
     # Neither the checkpoints, the log nor the epochs of 1,500 images end where the run is stopped.
-    config.update(steps=STEPS, log_every=3, checkpoint_every=8, sample_every=0, batch_size=160, accumulate=2)
+    config.update(steps=STEPS, log_every=3, checkpoint_every=8, sample_every=0, batch_size=80, accumulate=2)
     config.data.flip = True
     config.eval.scores = ()
     return config
@@ -45,7 +46,7 @@ def records(workdir):
 
 
 @pytest.fixture(scope="module")
-def whole(tiny, tmp_path_factory):
+def whole(tiny, tmp_path_factory, optimized):
     workdir = tmp_path_factory.mktemp("whole") / "run"
     run_train(config_of(tiny), workdir)
     return workdir
