@@ -39,7 +39,6 @@ def start(cwd):
             **os.environ,
             "PYTHONPATH": str(ROOT),
             "XLA_FLAGS": "",  # a device each
-            "JAX_DISABLE_MOST_OPTIMIZATIONS": "0",
             "JAXDIFF_COORDINATOR": f"localhost:{port}",
             "JAXDIFF_NUM_PROCESSES": "2",
             "JAXDIFF_PROCESS_ID": str(index),
@@ -59,7 +58,7 @@ def losses(workdir):
     return {line["step"]: line["loss"] for line in lines if "loss" in line}
 
 
-def test_two_processes_train_stop_together_and_go_on_as_one_would(tmp_path, optimized):
+def test_two_processes_train_stop_together_and_go_on_as_one_would(tmp_path):
     # A signal to one of them stops both after the same step.
     running = start(tmp_path)
     metrics = tmp_path / "run" / "metrics.jsonl"
