@@ -3,7 +3,8 @@
     python -m jaxdiff.main --config=configs/ddpm.py                # handwritten digits, on a CPU
     python -m jaxdiff.main --config=configs/ddpm.py:imagenet100    # ImageNet-100 at 128x128, on GPUs
 
-Also `:cifar10` and `:folder` (with --config.data.path=FOLDER). Times and results: README.md, "Configs".
+Also `:cifar10`, `:folder` and `:npz` (with --config.data.path=...), `:tfds:NAME`.
+Times and results: README.md, "Configs".
 """
 
 from ml_collections import ConfigDict
@@ -31,7 +32,7 @@ def get_config(dataset: str = "digits") -> ConfigDict:
             sampler="ddpm", steps=100, spacing="trailing"
         )  # its noise mends what little training leaves
         config.eval.scores = ("knn_accuracy",)
-    elif dataset == "cifar10":
+    elif dataset.endswith("cifar10"):
         config.model.update(attention_resolutions=(16,))
         config.update(epochs=200.0, lr=2e-4)
     else:

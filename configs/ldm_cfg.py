@@ -3,7 +3,8 @@
     python -m jaxdiff.main --config=configs/ldm_cfg.py                # handwritten digits, on a CPU
     python -m jaxdiff.main --config=configs/ldm_cfg.py:imagenet100    # ImageNet-100 at 128x128, on GPUs
 
-Also `:cifar10` and `:folder` (with --config.data.path=FOLDER). Times and results: README.md, "Configs".
+Also `:cifar10`, `:folder` and `:npz` (with --config.data.path=...), `:tfds:NAME`.
+Times and results: README.md, "Configs".
 """
 
 from ml_collections import ConfigDict
@@ -16,6 +17,7 @@ def get_config(dataset: str = "digits") -> ConfigDict:
     config = fields.base("ldm", dataset)
     config.autoencoder = fields.autoencoder(dataset)
     config.autoencoder.path = ""  # workdir of a finished configs/vae.py run; empty = train one first
+    config.autoencoder.latents = ""  # folder of the encoded data set; empty = in that workdir
     config.autoencoder.train = fields.autoencoder_recipe(dataset)
     config.update(fields.recipe())
     config.model = fields.unet()
@@ -31,7 +33,7 @@ def get_config(dataset: str = "digits") -> ConfigDict:
         config.update(epochs=0.0, steps=1200, batch_size=64, lr=3e-3, warmup_steps=100, ema_decay=0.99)
         config.update(sample_every=400, checkpoint_every=400)
         config.eval.scores = ("knn_accuracy",)
-    elif dataset == "cifar10":  # latents of 8x8
+    elif dataset.endswith("cifar10"):  # latents of 8x8
         config.model.update(channels=192, channel_mult=(1, 2), attention_resolutions=(8, 4))
         config.update(epochs=200.0, lr=2e-4, batch_size=512)
     else:  # latents of 32x32 at 128x128 pixels

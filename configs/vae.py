@@ -3,7 +3,8 @@
     python -m jaxdiff.main --config=configs/vae.py                # handwritten digits, on a CPU
     python -m jaxdiff.main --config=configs/vae.py:imagenet100    # ImageNet-100 at 128x128, on GPUs
 
-Also `:cifar10` and `:folder` (with --config.data.path=FOLDER). Times and results: README.md, "Configs".
+Also `:cifar10`, `:folder` and `:npz` (with --config.data.path=...), `:tfds:NAME`.
+Times and results: README.md, "Configs".
 """
 
 from ml_collections import ConfigDict

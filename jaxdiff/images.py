@@ -1,6 +1,7 @@
 """Pixels: between uint8 and [-1, 1], grids, and image files."""
 
 import pathlib
+from collections.abc import Mapping
 
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +12,19 @@ from PIL import Image
 def to_unit(images: UInt8[Array, "*shape"]) -> Float[Array, "*shape"]:
     """uint8 in 0..255 -> float32 in [-1, 1]."""
     return images.astype(jnp.float32) / 127.5 - 1
+
+
+def mirrored(batch: Mapping[str, Array]) -> UInt8[Array, "batch h w 3"]:
+    """The images of a batch, those mirrored left to right that its "mirror" (if there is one) says."""
+    image = batch["image"]
+    if "mirror" in batch:
+        image = jnp.where(batch["mirror"][:, None, None, None], image[:, :, ::-1], image)
+    return image
+
+
+def from_batch(batch: Mapping[str, Array]) -> Float[Array, "batch h w 3"]:
+    """The images of a batch, mirrored as it says, in [-1, 1]."""
+    return to_unit(mirrored(batch))
 
 
 def to_uint8(images: Float[Array, "*shape"]) -> UInt8[Array, "*shape"]:

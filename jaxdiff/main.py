@@ -10,14 +10,19 @@ from ml_collections import config_flags
 from jaxdiff.errors import ConfigError, Stopped
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-MODES = ("train", "sample")
+MODES = {
+    "train": "train, or go on, to the end",
+    "sample": "draw images from a checkpoint",
+    "prepare": "store a data set's images at the size that is trained on",
+    "encode": "store a data set's latents",
+}
 
 
 def define_flags() -> None:
     """The flags; the config's default is read here, with the fields that the command line gives."""
     default = str(ROOT / "configs" / "ldm_cfg.py")
     config_flags.DEFINE_config_file("config", default, "Experiment, FILE or FILE:dataset; fields by --config.FIELD=...")
-    flags.DEFINE_enum("mode", "train", MODES, "train: go on to the end; sample: draw images from a checkpoint.")
+    flags.DEFINE_enum("mode", "train", list(MODES), "; ".join(f"{name}: {what}" for name, what in MODES.items()))
     flags.DEFINE_string("workdir", None, "Folder of the run; default runs/<config.name>.")
     flags.DEFINE_integer("step", None, "Checkpoint to sample from; default the newest.")
 
@@ -52,6 +57,10 @@ def run(argv: list[str]) -> None:
     workdir = pathlib.Path(args.workdir or f"runs/{args.config.name}")
     if args.mode == "train":
         startup.train(args.config, workdir)
+    elif args.mode == "prepare":
+        startup.prepare(args.config)
+    elif args.mode == "encode":
+        startup.encode(args.config, workdir)
     else:
         named = args.config.name if args["config"].present else None
         startup.sample(workdir, named, config_flags.get_override_values(args["config"]), args.step)

@@ -1,6 +1,7 @@
 """Images from a checkpoint: the compiled sampler, labels, and the files that hold the result."""
 
 import pathlib
+import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple, cast
 
@@ -20,6 +21,8 @@ from jaxdiff.data.latents import Whitening
 from jaxdiff.errors import ConfigError
 from jaxdiff.keys import named_key
 from jaxdiff.training.checkpoint import Checkpoints
+
+WORDNET_ID = re.compile(r"^n\d{8}[_ -]")  # class folders are called n01558993_robin as well as robin
 
 
 class Decoder(NamedTuple):
@@ -121,8 +124,9 @@ def sample_labels(settings: ConfigDict, class_names: Sequence[str]) -> Int[np.nd
     names = list(class_names)
     chosen = []
     for word in filter(None, (part.strip() for part in settings.classes.split(","))):
-        if word in names:
-            chosen.append(names.index(word))
+        found = [k for k, name in enumerate(names) if word in (name, WORDNET_ID.sub("", name))]
+        if len(found) == 1 or word in names:
+            chosen.append(names.index(word) if word in names else found[0])
         else:
             some = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
             known = word.isdecimal() and int(word) < len(names)

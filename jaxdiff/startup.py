@@ -30,6 +30,34 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> None:
     run_train(config, workdir)
 
 
+def prepare(config: ConfigDict) -> None:
+    """--mode=prepare: store the data set's images as records; says where, and what was left out."""
+    from jaxdiff.data.prepare import prepare as store
+
+    check.validate_data(config)
+    root, manifest = store(config.data)
+    counts = ", ".join(f"{count:,} {split}" for split, count in manifest["images"].items())
+    print(f"{root}: {counts} images of {config.data.image_size} pixels in {len(manifest['classes'])} classes")
+    if manifest["rejected"]:
+        print(f"left out: {manifest['rejected']:,} images, see {root / 'rejected.jsonl'}")
+    for split, ignored in manifest["ignored_files"].items():
+        if ignored:
+            print(f"{split}: passed over {sum(ignored.values()):,} other files ({', '.join(sorted(ignored))})")
+
+
+def encode(config: ConfigDict, workdir: pathlib.Path) -> None:
+    """--mode=encode, for a config as it came from the command line."""
+    from jaxdiff.sampling import check_autoencoder
+    from jaxdiff.training.stages import autoencoder_folder, run_encode
+
+    if config.experiment != "ldm":
+        raise ConfigError(f"--mode=encode: {config.name} has no latents; give a config such as configs/ldm_cfg.py")
+    start()
+    check.validate(config, jax.device_count())
+    check_autoencoder(config, autoencoder_folder(config, workdir))
+    run_encode(config, workdir)
+
+
 def sample(workdir: pathlib.Path, named: str | None, overrides: dict[str, Any], step: int | None) -> None:
     """--mode=sample: the config is the workdir's own, with `overrides` of its fields `sample.*`.
 

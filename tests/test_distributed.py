@@ -81,7 +81,7 @@ def test_two_processes_train_stop_together_and_go_on_as_one_would(tmp_path):
     first, second = logs(tmp_path)
     assert f"going on from step {step} of {STEPS}" in first and "sample grid" in first
     assert "loss" not in second and "sample" not in second  # one process alone talks
-    assert len(list((tmp_path / "run").glob("latents/*.json"))) == 2
+    assert len(list((tmp_path / "run").glob("autoencoder/latents/*/manifest.json"))) == 1
     assert (tmp_path / "run" / "samples" / "final.npz").exists()
     two = losses(tmp_path / "run")
     assert list(two) == list(range(1, STEPS + 1))

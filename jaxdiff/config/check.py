@@ -43,12 +43,7 @@ def validate(config: ConfigDict, num_devices: int) -> None:
     """ConfigError with one line that names the first field whose value is impossible or contradicts another."""
     _one_of(config, "experiment", EXPERIMENTS)
     _one_of(config, "dtype", ("auto", "float32", "bfloat16"))
-    _one_of(config, "data.source", tuple(SOURCES))
-    _at_least(config, 8, "data.image_size")
-    _at_least(config, 1, "data.threads")
-    if config.data.source == "folder":
-        require(bool(config.data.path), "data.path", config.data.path, "a folder with {train,val}/<class>/*.jpg")
-
+    validate_data(config)
     _validate_recipe(config, "", num_devices)
     size, name = config.data.image_size, "data.image_size"
     if "autoencoder" in config:
@@ -62,6 +57,22 @@ def validate(config: ConfigDict, num_devices: int) -> None:
         validate_sample(config)
         for score in config.eval.scores:
             require(score in SCORES, "eval.scores", score, f"among {', '.join(SCORES)}")
+
+
+def validate_data(config: ConfigDict) -> None:
+    """The check of the fields `data`, all that --mode=prepare needs."""
+    d = config.data
+    _one_of(config, "data.source", tuple(SOURCES))
+    _at_least(config, 8, "data.image_size")
+    _at_least(config, 1, "data.threads")
+    _at_least(config, 0, "data.workers", "data.cache_gb")
+    require(0 <= d.max_rejected <= 1, "data.max_rejected", d.max_rejected, "in [0, 1]")
+    if d.source == "folder":
+        require(bool(d.path), "data.path", d.path, "a folder with {train,val}/<class>/*.jpg")
+    if d.source == "npz":
+        require(bool(d.path), "data.path", d.path, "an .npz file of uint8 images")
+    require(bool(d.name) == (d.source == "tfds"), "data.name", d.name, "given with data.source = 'tfds' and only there")
+    require(not d.classes or d.source == "tfds", "data.classes", d.classes, "empty where data.source is not 'tfds'")
 
 
 def _validate_recipe(config: ConfigDict, prefix: str, num_devices: int) -> None:

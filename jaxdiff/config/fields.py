@@ -11,27 +11,44 @@ DATASETS: dict[str, dict[str, Any]] = {
     "cifar10": dict(source="folder", path="data/cifar10", image_size=32, flip=True),
     "imagenet100": dict(source="folder", path="data/imagenet100", image_size=128, flip=True),
     "folder": dict(source="folder", image_size=128, flip=True),
+    "npz": dict(source="npz", image_size=128, flip=True),
+    "tfds:cifar10": dict(source="tfds", name="cifar10", image_size=32, flip=True),
+    "tfds:NAME": dict(source="tfds", image_size=128, flip=True),
 }
 
 
-def base(experiment: str, dataset: str) -> ConfigDict:
-    """Fields that every experiment has. `dataset` is a name in `DATASETS`; ConfigError for any other."""
+def dataset_fields(dataset: str) -> dict[str, Any]:
+    """The fields `data` of a name in `DATASETS`, or of tfds:NAME for any NAME; ConfigError for another."""
+    if dataset.startswith("tfds:") and dataset not in DATASETS:
+        return {**DATASETS["tfds:NAME"], "name": dataset.removeprefix("tfds:")}
     if dataset not in DATASETS:
         raise ConfigError(f"--config=...:{dataset}: the data set must be one of {', '.join(DATASETS)}")
+    return DATASETS[dataset]
+
+
+def base(experiment: str, dataset: str) -> ConfigDict:
+    """Fields that every experiment has. `dataset`, and errors, as in `dataset_fields`."""
     config = ConfigDict()
-    config.name = f"{experiment}-{dataset}"  # the default workdir is runs/<name>
+    config.name = f"{experiment}-{dataset.replace(':', '-').replace('/', '-')}"  # the default workdir is runs/<name>
     config.experiment = experiment
     config.seed = 0  # of initialisation, data order and training noise
     config.dtype = "auto"  # of the computation: float32, bfloat16, or auto (bfloat16 on GPU)
 
     config.data = data = ConfigDict()
-    data.source = ""  # digits or folder
-    data.path = ""  # folder: where {train,val}/<class>/*.jpg are
+    data.source = ""  # digits, folder, npz or tfds
+    data.path = (
+        ""  # folder: where {train,val}/<class>/*.jpg are; npz: the file; tfds: its data folder, if not the usual one
+    )
+    data.name = ""  # tfds: the data set, as in tfds.builder
+    data.classes = ""  # tfds: file with a class name to a line, if not all classes are wanted
+    data.prepared = ""  # folder, tfds: where --mode=prepare stores; empty: PATH-SIZEpx, or data/NAME-SIZEpx
+    data.max_rejected = 0.001  # share of unusable images above which --mode=prepare fails
     data.image_size = 0  # pixels; images are cropped to a square
     data.flip = True  # random horizontal mirroring
     data.threads = 8  # that read and decode
-    data.cache_gb = 4.0  # a folder that takes less, decoded, is kept in memory
-    data.update(DATASETS[dataset])
+    data.workers = 0  # processes that read, with the threads each; 0 = the threads of this one, best up to some 8 cores
+    data.cache_gb = 4.0  # images, or latents, that take less are kept in memory
+    data.update(dataset_fields(dataset))
     return config
 
 
@@ -86,7 +103,7 @@ def autoencoder_recipe(dataset: str) -> ConfigDict:
             ema_decay=0.99,
             checkpoint_every=600,
         )
-    elif dataset == "cifar10":
+    elif dataset.endswith("cifar10"):
         config.update(epochs=50.0, batch_size=256)
     else:
         config.update(epochs=20.0, batch_size=32)

@@ -10,7 +10,8 @@ from jaxdiff.errors import ConfigError
 
 SAMPLE_FIELDS = ("sample",)  # groups that --mode=sample may change
 # Groups and fields that a resumed run may change as well: they bear on what is recorded, not on what is learnt.
-FREE_FIELDS = (*SAMPLE_FIELDS, "eval", "data.path", "data.threads", "data.cache_gb")
+FREE_DATA_FIELDS = ("path", "prepared", "max_rejected", "threads", "workers", "cache_gb")
+FREE_FIELDS = (*SAMPLE_FIELDS, "eval", "autoencoder.latents", *(f"data.{field}" for field in FREE_DATA_FIELDS))
 FREE_RECIPE_FIELDS = ("log_every", "sample_every", "checkpoint_every", "keep")
 
 

@@ -2,20 +2,19 @@
 
 import dataclasses
 import hashlib
-import json
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxdiff.config.files import write_json
 from jaxdiff.data.pipeline import device_batches, eval_batches
+from jaxdiff.data.records import RecordTable, Table, check_settings, read_manifest
 from jaxdiff.data.sources import Batch, Source
-from jaxdiff.errors import ConfigError
-from jaxdiff.mesh import barrier, batch_sharding, is_main, to_host
+from jaxdiff.mesh import barrier, batch_sharding, is_main, put_batch, to_host
 from jaxdiff.models import Posterior
 
 
@@ -40,19 +39,20 @@ class Whitening(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class LatentSource:
-    """Posteriors on disk: moments [orientations, N, h, w, 2z], the second orientation that of mirrored images."""
+    """A table of posteriors: row i * orientations is that of image i, the one after it that of the mirrored image."""
 
-    moments: Float[np.ndarray, "o n h w 2z"]
-    labels: Int[np.ndarray, " n"]
+    table: Table
+    orientations: int
     class_names: Sequence[str]
+    checksum: str
 
     def __len__(self) -> int:
-        return len(self.labels)
+        return len(self.table) // self.orientations
 
-    def batch(self, indices: Int[np.ndarray, " batch"], flip: Bool[np.ndarray, " batch"]) -> Batch:
-        """{"mean", "logvar": float32 [B, h, w, z], "label": int32 [B]}."""
-        mean, logvar = np.split(self.moments[flip.astype(int), indices], 2, axis=-1)
-        return {"mean": mean, "logvar": logvar, "label": self.labels[indices]}
+    def batch(self, indices: Int[np.ndarray, " b"], mirror: Bool[np.ndarray, " b"] | None = None) -> Batch:
+        """{"mean", "logvar": float32 [b, h, w, z], "label": int32 [b]}."""
+        rows = indices * self.orientations
+        return self.table.rows(rows if mirror is None else rows + mirror)
 
 
 def params_hash(params: Any) -> str:
@@ -65,90 +65,136 @@ def params_hash(params: Any) -> str:
     return digest.hexdigest()
 
 
-def encode_source(
-    source: Source,
-    encode: Callable[[Any], Posterior],
-    path: pathlib.Path,
+def latent_root(folder: pathlib.Path, sources: Mapping[str, Source], mirrored: bool) -> pathlib.Path:
+    """Where in the autoencoder's workdir `folder` the latents of a data set belong."""
+    digest = hashlib.sha256(" ".join(source.checksum for source in sources.values()).encode()).hexdigest()
+    return folder / "latents" / (digest[:12] + ("-mirrored" if mirrored else ""))
+
+
+class Encoding(NamedTuple):
+    """How images become latents of `shape` [h, w, z].
+
+    encode: jitted, a batch on the devices -> Posterior. autoencoder: its `params_hash`. mirrored: mirrored images too.
+    """
+
+    encode: Callable[[Any], Posterior]
+    autoencoder: str
+    shape: tuple[int, int, int]
+    mirrored: bool
+    batch_size: int
+
+
+def encode_sources(
+    root: pathlib.Path,
+    sources: Mapping[str, Source],
+    encoding: Encoding,
     mesh: jax.sharding.Mesh,
     *,
-    autoencoder: str,
-    batch_size: int,
-    flip: bool,
-) -> LatentSource:
-    """The latents of `source`, from `path` where a finished encoding lies there, else encoded to it.
+    cache_gb: float,
+    threads: int,
+) -> tuple[dict[str, LatentSource], Whitening]:
+    """The latents of the splits `sources`, encoded to `root` unless they are there; whitening is that of "train".
 
-    Args: encode, jitted, uint8 images -> Posterior; autoencoder, its `params_hash`; flip, mirrored ones as well.
-    Raises: ConfigError when the latents at `path` are of another autoencoder or data set.
+    Args: cache_gb, what a split may take to be kept in memory, which `threads` threads read it to.
+    Raises: ConfigError when the latents in `root` are of another autoencoder or of other images.
     """
-    manifest_path, moments_path = path.with_suffix(".json"), path.with_suffix(".npy")
-    wanted = {"autoencoder": autoencoder, "images": len(source), "orientations": 1 + flip}
-    if not manifest_path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        labels = _encode(source, encode, moments_path, mesh, batch_size, flip)
-        if is_main():  # the manifest comes last: without it the encoding counts as not done
-            moments = np.load(moments_path, mmap_mode="r")
-            stats = measure_whitening(moments)._asdict()
-            write_json(manifest_path, {**wanted, "whitening": stats, "labels": labels.tolist()})
-        barrier(f"encoded {path}")
-    manifest = json.loads(manifest_path.read_text())
-    for name, value in wanted.items():
-        if manifest[name] != value:
-            raise ConfigError(
-                f"{manifest_path}: these latents have {name} {manifest[name]}, wanted is {value}; "
-                "delete them to encode again, or give another --workdir"
-            )
-    moments = np.load(moments_path, mmap_mode="r")
-    return LatentSource(moments, np.array(manifest["labels"], np.int32), source.class_names)
+    orientations = 1 + encoding.mirrored
+    settings = {
+        "autoencoder": encoding.autoencoder,
+        "images": {split: source.checksum for split, source in sources.items()},
+        "orientations": orientations,
+    }
+    if read_manifest(root) is None:
+        _write(root, sources, encoding, settings, mesh)
+    manifest = read_manifest(root) or {}
+    check_settings(root, manifest, settings)
+    columns = {
+        "mean": (encoding.shape, np.float32),
+        "logvar": (encoding.shape, np.float32),
+        "label": ((), np.int32),
+    }
+    latents = {}
+    for split, source in sources.items():
+        records = RecordTable(root, split, columns)
+        table: Table = records.in_memory(threads) if records.nbytes <= cache_gb * 1e9 else records
+        latents[split] = LatentSource(table, orientations, source.class_names, f"{manifest['checksum']}/{split}")
+    return latents, Whitening(**manifest["whitening"])
 
 
-def load_whitening(path: pathlib.Path) -> Whitening:
-    """The statistics in the manifest of an encoded training set."""
-    return Whitening(**json.loads(path.with_suffix(".json").read_text())["whitening"])
-
-
-def measure_whitening(moments: Float[np.ndarray, "o n h w 2z"]) -> Whitening:
-    """Mean and standard deviation per channel of draws from the posteriors: var z = var mean + E exp(logvar)."""
-    z = moments.shape[-1] // 2
-    total, square, spread, count = np.zeros(z), np.zeros(z), np.zeros(z), 0
-    for orientation in moments:
-        for first in range(0, len(orientation), 1024):
-            part = orientation[first : first + 1024].astype(np.float64).reshape(-1, 2 * z)
-            total += part[:, :z].sum(0)
-            square += np.square(part[:, :z]).sum(0)
-            spread += np.exp(part[:, z:]).sum(0)
-            count += len(part)
-    mean = total / count
-    return Whitening(mean.tolist(), np.sqrt(square / count - mean**2 + spread / count).tolist())
-
-
-def _encode(
-    source: Source,
-    encode: Callable[[Any], Posterior],
-    path: pathlib.Path,
+def _write(
+    root: pathlib.Path,
+    sources: Mapping[str, Source],
+    encoding: Encoding,
+    settings: Mapping[str, Any],
     mesh: jax.sharding.Mesh,
-    batch_size: int,
-    flip: bool,
-) -> Int[np.ndarray, " n"]:
-    labels = np.zeros(len(source), np.int32)
-    out = None
-    for orientation in range(1 + flip):
-        batches = eval_batches(
-            source,
-            batch_size=batch_size,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
-            flip=bool(orientation),
-        )
-        for i, batch in enumerate(device_batches(batches, batch_sharding(mesh))):
-            mean, logvar, label = to_host((*encode(batch["image"]), batch["label"]))
-            if not is_main():
-                continue
-            if out is None:
-                shape = (1 + flip, len(source), *mean.shape[1:3], 2 * mean.shape[3])
-                out = np.lib.format.open_memmap(path, "w+", np.float32, shape)
-            rows = slice(i * batch_size, min((i + 1) * batch_size, len(source)))
-            out[orientation, rows] = np.concatenate([mean, logvar], -1)[: rows.stop - rows.start]
-            labels[rows] = label[: rows.stop - rows.start]
-    if out is not None:
-        out.flush()
-    return labels
+) -> None:
+    """All processes compute; the main one writes, and says which shards an earlier call has left to do."""
+    import tensorflow_datasets as tfds
+
+    from jaxdiff.data.writing import Note, Plan, Shard, pending_shards, write_records
+
+    z = encoding.shape[-1]
+
+    def generate(shard: Shard, note: Note) -> Iterator[Mapping[str, Any]]:
+        sums, count = np.zeros((3, z)), 0
+        for mean, logvar, label in _posteriors(sources[shard.split], encoding, shard.candidates, mesh):
+            m, v = mean.astype(np.float64).reshape(-1, z), logvar.astype(np.float64).reshape(-1, z)
+            sums += [m.sum(0), np.square(m).sum(0), np.exp(v).sum(0)]
+            count += len(m)
+            for row in zip(mean, logvar, label, strict=True):
+                yield dict(zip(("mean", "logvar", "label"), row, strict=True))
+        note |= {"split": shard.split, "sums": sums.tolist(), "count": count}
+
+    def finish(notes: Sequence[Note]) -> Mapping[str, Any]:
+        train = [note for note in notes if note["split"] == "train"]
+        sums = np.sum([note["sums"] for note in train], axis=0)
+        return {"whitening": whitening_of_sums(sums, sum(note["count"] for note in train))._asdict()}
+
+    tensor = tfds.features.Tensor(shape=encoding.shape, dtype=np.float32, encoding="bytes")
+    features = tfds.features.FeaturesDict({"mean": tensor, "logvar": tensor, "label": tfds.features.Scalar(np.int64)})
+    rows = {split: len(source) * (1 + encoding.mirrored) for split, source in sources.items()}
+    plan = Plan(features, rows, settings, 8 * int(np.prod(encoding.shape)), generate, finish)
+    pending = pending_shards(root, plan) if is_main() else []
+    if jax.process_count() > 1:
+        wanted = np.array([shard in pending for shard in plan.shards()])
+        wanted = multihost_utils.broadcast_one_to_all(wanted)
+        pending = [shard for shard, want in zip(plan.shards(), wanted, strict=True) if want]
+    if is_main():
+        write_records(root, plan, threads=1, what="encoding")
+    else:
+        for shard in pending:
+            for _ in _posteriors(sources[shard.split], encoding, shard.candidates, mesh):
+                pass
+    barrier(f"encoded {root}")
+
+
+def _posteriors(
+    source: Source, encoding: Encoding, rows: range, mesh: jax.sharding.Mesh
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """(mean, logvar, label) of the rows of a `LatentSource`, a batch of images at a time."""
+    orientations = 1 + encoding.mirrored
+    batches = eval_batches(
+        source,
+        batch_size=encoding.batch_size,
+        rows=range(rows.start // orientations, rows.stop // orientations),
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+    mirror = put_batch(np.ones(encoding.batch_size, bool), mesh)
+    for batch in device_batches(batches, batch_sharding(mesh)):
+        inputs = {"image": batch["image"]}
+        views = [inputs, {**inputs, "mirror": mirror}][:orientations]
+        posteriors = to_host([tuple(encoding.encode(view)) for view in views])
+        label, weight = to_host((batch["label"], batch["weight"]))
+        keep = weight > 0
+        mean, logvar = (np.stack(arrays, 1)[keep] for arrays in zip(*posteriors, strict=True))
+        yield mean.reshape(-1, *encoding.shape), logvar.reshape(-1, *encoding.shape), label[keep].repeat(orientations)
+
+
+def whitening_of_sums(sums: Float[np.ndarray, "3 z"], count: int) -> Whitening:
+    """Statistics of draws from `count` posteriors: var z = var mean + E exp(logvar).
+
+    Args: sums, over the posteriors, of mean, mean^2 and exp(logvar).
+    """
+    mean, square, spread = sums / count
+    return Whitening(mean.tolist(), np.sqrt(square - mean**2 + spread).tolist())

@@ -8,6 +8,7 @@ from typing import Any
 import grain
 import jax
 import numpy as np
+from absl import flags
 from jaxtyping import Bool, Int
 
 from jaxdiff.data.sources import Batch, Source
@@ -28,7 +29,7 @@ def batch_indices(seed: int, step: int, batch_size: int, n: int) -> Int[np.ndarr
 
 
 def batch_flips(seed: int, step: int, batch_size: int) -> Bool[np.ndarray, " batch"]:
-    """Which rows of the global batch of `step` are mirrored (each with probability 1/2)."""
+    """Which rows of the global batch of `step` are to be mirrored, with probability 1/2 each."""
     return np.random.default_rng((seed, FLIP, step)).random(batch_size) < 0.5
 
 
@@ -41,10 +42,13 @@ def train_batches(
     stop: int,
     flip: bool,
     threads: int,
+    workers: int = 0,
     process_index: int = 0,
     process_count: int = 1,
 ) -> Iterator[Batch]:
     """This process's part of the global batches of steps [start, stop), read ahead in `threads` threads by Grain.
+
+    With `workers` that many processes read, with the threads each.
 
     The global batch of a step is a function of (seed, step) alone. Process p holds the p-th of `process_count`
     equal parts of it, so that putting them together gives the same batch on any number of hosts.
@@ -54,23 +58,28 @@ def train_batches(
 
     def read(step: int) -> Batch:
         indices = batch_indices(seed, step, batch_size, len(source))[part]
-        mirrored = batch_flips(seed, step, batch_size)[part] if flip else np.zeros(rows, bool)
-        return source.batch(indices, mirrored)
+        return source.batch(indices, batch_flips(seed, step, batch_size)[part] if flip else None)
 
     # The buffer counts batches: a few hide the reading, Grain's default of 500 would fill the memory.
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(4, threads))
-    return iter(grain.MapDataset.range(start, stop).map(read).to_iter_dataset(options))
+    batches = grain.MapDataset.range(start, stop).map(read).to_iter_dataset(options)
+    if workers:
+        if not flags.FLAGS.is_parsed():  # Grain reads flags of its own, also where no command line was parsed
+            flags.FLAGS.mark_as_parsed()
+        batches = batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2))
+    return iter(batches)
 
 
 def eval_batches(
-    source: Source, *, batch_size: int, process_index: int = 0, process_count: int = 1, flip: bool = False
+    source: Source, *, batch_size: int, rows: range | None = None, process_index: int = 0, process_count: int = 1
 ) -> Iterator[Batch]:
-    """Every row once, in order, all mirrored if `flip`; the last batch is filled up with rows of "weight" 0, not 1."""
-    rows = batch_size // process_count
-    for first in range(0, len(source), batch_size):
-        indices = np.arange(first, first + batch_size)[process_index * rows : (process_index + 1) * rows]
-        batch = source.batch(indices % len(source), np.full(rows, flip))
-        yield {**batch, "weight": (indices < len(source)).astype(np.float32)}
+    """Every row (or `rows`) once, in order; the last batch is filled up with rows of "weight" 0, not 1."""
+    rows = range(len(source)) if rows is None else rows
+    size = batch_size // process_count
+    for first in range(rows.start, rows.stop, batch_size):
+        indices = np.arange(first, first + batch_size)[process_index * size : (process_index + 1) * size]
+        batch = source.batch(np.minimum(indices, rows.stop - 1))
+        yield {**batch, "weight": (indices < rows.stop).astype(np.float32)}
 
 
 def device_batches(

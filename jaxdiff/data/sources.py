@@ -1,115 +1,76 @@
 """Where images come from. A new source is one function here and one line in `SOURCES`."""
 
-import concurrent.futures
 import dataclasses
+import hashlib
+import json
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 from jaxtyping import Bool, Int, UInt8
-from PIL import Image, ImageOps
+from PIL import Image
 
+from jaxdiff.data.decode import center_crop
+from jaxdiff.data.encoded import EncodedImages, class_folder, tfds_images
+from jaxdiff.data.records import MANIFEST, ArrayTable, Manifest, RecordTable, Table, read_manifest
 from jaxdiff.errors import ConfigError
 from jaxdiff.mesh import say
 
 Batch = dict[str, np.ndarray]
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+HELD_OUT = 0.05  # of data that have no validation split of their own
 
 
 class Source(Protocol):
-    """A finite, randomly readable data set; `batch` gives {"image": uint8 [B,H,W,3], "label": int32 [B]}."""
+    """A finite, randomly readable data set."""
 
     @property
     def class_names(self) -> Sequence[str]: ...
 
+    @property
+    def checksum(self) -> str:
+        """SHA-256 that identifies the content."""
+        ...
+
     def __len__(self) -> int: ...
 
-    def batch(self, indices: Int[np.ndarray, " batch"], flip: Bool[np.ndarray, " batch"]) -> Batch:
-        """Rows `indices`, those where `flip` is set mirrored left to right."""
+    def batch(self, indices: Int[np.ndarray, " b"], mirror: Bool[np.ndarray, " b"] | None = None) -> Batch:
+        """{"image": uint8 [b, h, w, 3], "label": int32 [b]} of the rows `indices`.
+
+        With `mirror` there is also {"mirror": bool [b]}, the images that are to be mirrored left to right, which the
+        training step does (`images.from_batch`): it costs a GPU nothing, and a loader's core half its time.
+        """
         ...
 
 
 @dataclasses.dataclass(frozen=True)
-class ArraySource:
-    """Images in memory: uint8 [N, H, W, 3] and int32 labels [N]."""
+class ImageSource:
+    """Rows of a table with the columns image, uint8 [h, w, 3], and label."""
 
-    images: UInt8[np.ndarray, "n h w 3"]
-    labels: Int[np.ndarray, " n"]
+    table: Table
     class_names: Sequence[str]
+    checksum: str
 
     def __len__(self) -> int:
-        return len(self.labels)
+        return len(self.table)
 
-    def batch(self, indices: Int[np.ndarray, " batch"], flip: Bool[np.ndarray, " batch"]) -> Batch:
-        images = self.images[indices]
-        images[flip] = images[flip, :, ::-1]
-        return {"image": images, "label": self.labels[indices]}
-
-
-@dataclasses.dataclass(frozen=True)
-class FileSource:
-    """Image files, decoded, cropped and resized when they are read."""
-
-    files: Sequence[pathlib.Path]
-    labels: Int[np.ndarray, " n"]
-    class_names: Sequence[str]
-    image_size: int
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def batch(self, indices: Int[np.ndarray, " batch"], flip: Bool[np.ndarray, " batch"]) -> Batch:
-        images = np.stack([read_image(self.files[i], self.image_size) for i in indices])
-        images[flip] = images[flip, :, ::-1]
-        return {"image": images, "label": self.labels[indices]}
-
-    def in_memory(self, threads: int) -> ArraySource:
-        """All images decoded once by `threads` threads."""
-        shape = (len(self), self.image_size, self.image_size, 3)
-        images = np.empty(shape, np.uint8)
-
-        def fill(i: int) -> None:
-            images[i] = read_image(self.files[i], self.image_size)
-
-        with concurrent.futures.ThreadPoolExecutor(threads) as pool:
-            for _ in pool.map(fill, range(len(self))):
-                pass
-        return ArraySource(images, self.labels, self.class_names)
+    def batch(self, indices: Int[np.ndarray, " b"], mirror: Bool[np.ndarray, " b"] | None = None) -> Batch:
+        batch = self.table.rows(indices)
+        return batch if mirror is None else {**batch, "mirror": mirror}
 
 
-def read_image(path: pathlib.Path, size: int) -> UInt8[np.ndarray, "size size 3"]:
-    """Decode a file to RGB, rotated as its EXIF tag says, on white where transparent, cropped to size x size.
-
-    Raises: ConfigError naming the file when it cannot be decoded.
-    """
-    try:
-        with Image.open(path) as file:
-            image = ImageOps.exif_transpose(file)
-            if image.has_transparency_data:
-                rgba = image.convert("RGBA")
-                image = Image.new("RGBA", rgba.size, "white")
-                image.alpha_composite(rgba)
-            return center_crop(image.convert("RGB"), size)
-    except (OSError, SyntaxError, ValueError) as error:
-        raise ConfigError(f"data.path: {path} cannot be read as an image ({error}); remove or replace it") from None
+def array_source(
+    images: UInt8[np.ndarray, "n h w 3"], labels: Int[np.ndarray, " n"], class_names: Sequence[str]
+) -> ImageSource:
+    """A source of images in memory."""
+    digest = hashlib.sha256(json.dumps(list(class_names)).encode())
+    for array in (images, labels.astype(np.int32)):
+        digest.update(array.tobytes())
+    table = ArrayTable({"image": images, "label": labels.astype(np.int32)})
+    return ImageSource(table, list(class_names), digest.hexdigest())
 
 
-def center_crop(image: Image.Image, size: int) -> UInt8[np.ndarray, "size size 3"]:
-    """Resize the short side to `size` (halvings with a box filter, then bicubic) and crop the centre square.
-
-    Source: the preprocessing of ADM (arXiv 2105.05233), on whose reference statistics FID is compared.
-    """
-    while min(image.size) >= 2 * size:
-        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
-    scale = size / min(image.size)
-    width, height = max(size, round(image.width * scale)), max(size, round(image.height * scale))
-    image = image.resize((width, height), Image.Resampling.BICUBIC)
-    left, top = (width - size) // 2, (height - size) // 2
-    return np.asarray(image)[top : top + size, left : left + size]
-
-
-def digits(data: Any, split: str) -> ArraySource:
+def digits(data: Any, split: str) -> ImageSource:
     """scikit-learn's 1,797 handwritten 8x8 digits, enlarged with a bicubic filter: 1,500 train, 297 val."""
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
@@ -122,46 +83,132 @@ def digits(data: Any, split: str) -> ArraySource:
     size = (data.image_size, data.image_size)
     images = np.stack([np.asarray(Image.fromarray(im).resize(size, Image.Resampling.BICUBIC)) for im in small])
     images = np.repeat(images[..., None], 3, axis=-1)
-    return ArraySource(images, bunch.target[rows].astype(np.int32), [str(name) for name in bunch.target_names])
+    return array_source(images, bunch.target[rows], [str(name) for name in bunch.target_names])
+
+
+def npz(data: Any, split: str) -> ImageSource:
+    """An .npz of uint8 images [N, H, W, 3] (arr_0 or images) and perhaps labels [N] (arr_1 or labels) and class_names.
+
+    A twentieth of the images, drawn once and for all, is the val split. Images of another size are cropped and resized.
+
+    Raises: ConfigError when the file is missing, broken or holds something else.
+    """
+    path = pathlib.Path(data.path)
+    if not path.is_file():
+        raise ConfigError(f"data.path = {str(path)!r}: there is no such file; expected is an .npz of uint8 images")
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+    except (OSError, ValueError, EOFError, KeyError) as error:
+        raise ConfigError(f"data.path: {path} cannot be read as an .npz ({error})") from None
+    except Exception as error:  # zipfile's and zlib's own
+        raise ConfigError(f"data.path: {path} is damaged ({type(error).__name__}: {error})") from None
+
+    def get(*names: str) -> np.ndarray | None:
+        return next((arrays[name] for name in names if name in arrays), None)
+
+    images, labels, names = get("images", "arr_0"), get("labels", "arr_1"), get("class_names")
+    if images is None or images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or len(images) < 2:
+        found = ", ".join(f"{name} {a.dtype} {list(a.shape)}" for name, a in arrays.items())
+        raise ConfigError(f"data.path: {path} must hold uint8 images [N, H, W, 3] as images or arr_0; it has {found}")
+    if labels is None:
+        labels = np.zeros(len(images), np.int32)
+    count = int(labels.max(initial=0)) + 1 if names is None else len(names)
+    whole = np.issubdtype(labels.dtype, np.integer) and labels.shape == images.shape[:1]
+    if not whole or labels.min() < 0 or labels.max() >= count:
+        raise ConfigError(f"data.path: labels in {path} must be {len(images)} integers in 0..{count - 1}")
+    class_names = [str(name) for name in (range(count) if names is None else names)]
+    rows = _held_out(len(images), split)
+    size = data.image_size
+    if images.shape[1:3] == (size, size):
+        chosen = images[rows]
+    else:
+        chosen = np.stack([center_crop(Image.fromarray(images[row]), size) for row in rows])
+    return array_source(chosen, labels[rows], class_names)
+
+
+def _held_out(count: int, split: str) -> Int[np.ndarray, " rows"]:
+    order = np.random.default_rng(0).permutation(count)
+    val = max(1, round(HELD_OUT * count))
+    return np.sort(order[:val] if split == "val" else order[val:])
 
 
 def folder(data: Any, split: str) -> Source:
-    """Class folders `path/{train,val}/<class>/*.{jpg,jpeg,png,webp}`; classes are the sorted names under train.
+    """Class folders `path/{train,val}/<class>/*.{jpg,jpeg,png,webp}`; classes are the sorted names under train."""
+    return _prepared_or_encoded(data, split, class_folder)
 
-    Decoded once into memory where that takes no more than `data.cache_gb`, else at every reading.
 
-    Raises: ConfigError when a folder is missing or empty, or when val has a class that train lacks.
+def tfds(data: Any, split: str) -> Source:
+    """The TFDS data set `data.name`, under the TFDS folder `data.path`, in ArrayRecord format."""
+    return _prepared_or_encoded(data, split, tfds_images)
+
+
+def _prepared_or_encoded(data: Any, split: str, find: Callable[[Any, str], EncodedImages]) -> Source:
+    """The records that --mode=prepare made where there are any; else images that are decoded when they are read.
+
+    Either is kept in memory where it takes no more than `data.cache_gb`.
     """
-    root = pathlib.Path(data.path)
-    names = _class_folders(root, "train")
-    here = _class_folders(root, split)
-    if unknown := sorted(set(here) - set(names)):
-        raise ConfigError(f"data.path: {root / split} has the class {unknown[0]!r}, which {root / 'train'} lacks")
-    files, labels = [], []
-    for name in here:
-        found = sorted(p for p in (root / split / name).iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
-        files += found
-        labels += [names.index(name)] * len(found)
-    if not files:
-        raise ConfigError(f"data.path: no {', '.join(IMAGE_SUFFIXES)} files in {root / split}/<class>/")
-    source = FileSource(files, np.array(labels, np.int32), names, data.image_size)
-    if len(files) * data.image_size**2 * 3 <= data.cache_gb * 1e9:
-        say(f"decoding {len(files):,} images of {root / split} into memory")
-        return source.in_memory(data.threads)
-    return source
+    root = prepared_root(data)
+    manifest = read_manifest(root)
+    if manifest is not None:
+        return prepared(data, split, root, manifest)
+    encoded = find(data, split)
+    size = data.image_size
+    if encoded.share < 1:
+        raise ConfigError(f"data.classes = {data.classes!r}: run --mode=prepare first, which picks out these classes")
+    if len(encoded) * size**2 * 3 <= data.cache_gb * 1e9:
+        say(f"decoding {len(encoded):,} images of {encoded.where} into memory")
+        return array_source(*encoded.decode_all(size, data.threads), encoded.class_names)
+    say(f"{encoded.where}: decoded at every reading; --mode=prepare makes that faster, and lists what is unreadable")
+    digest = hashlib.sha256(f"{encoded.fingerprint} {size}".encode()).hexdigest()
+    return ImageSource(DecodingTable(encoded, size), encoded.class_names, digest)
 
 
-def _class_folders(root: pathlib.Path, split: str) -> list[str]:
-    if not (root / split).is_dir():
-        raise ConfigError(
-            f"data.path = {str(root)!r}: there is no folder {root / split}. Expected are class folders of images, "
-            "{train,val}/<class>/*.jpg; give yours with --config.data.path=FOLDER. ImageNet-100 is distributed in this "
-            "layout (e.g. as 'ambityga/imagenet100' on Kaggle; merge its train.X* folders into train/)"
-        )
-    return sorted(p.name for p in (root / split).iterdir() if p.is_dir())
+@dataclasses.dataclass(frozen=True)
+class DecodingTable:
+    """Encoded images, decoded, cropped and resized when they are read."""
+
+    images: EncodedImages
+    size: int
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def rows(self, indices: Int[np.ndarray, " n"]) -> Batch:
+        """The columns image and label. Raises: ConfigError naming the image that cannot be decoded."""
+        images = np.empty((len(indices), self.size, self.size, 3), np.uint8)
+        labels = [self.images.decode(int(i), image) for i, image in zip(indices, images, strict=True)]
+        return {"image": images, "label": np.array(labels, np.int32)}
 
 
-SOURCES: Mapping[str, Callable[[Any, str], Source]] = {"digits": digits, "folder": folder}
+def prepared_root(data: Any) -> pathlib.Path:
+    """Folder of the prepared records of a data set: `data.prepared`, or one beside `data.path`."""
+    if data.prepared:
+        return pathlib.Path(data.prepared)
+    if data.source == "tfds":
+        return pathlib.Path("data") / f"{data.name.replace('/', '-').replace(':', '-')}-{data.image_size}px"
+    path = pathlib.Path(data.path)
+    if (path / MANIFEST).exists():  # a prepared folder was given
+        return path
+    return path.with_name(f"{path.resolve().name}-{data.image_size}px")
+
+
+def prepared(data: Any, split: str, root: pathlib.Path, manifest: Manifest) -> ImageSource:
+    """A split of prepared records; ConfigError when they are of another size."""
+    size = manifest["settings"]["image_size"]
+    if size != data.image_size:
+        raise ConfigError(f"data.image_size = {data.image_size}: {root} was prepared at {size}")
+    if split not in manifest["shards"]:
+        raise ConfigError(f"data.prepared: {root} has no {split} images")
+    columns = {"image": ((size, size, 3), np.uint8), "label": ((), np.int32)}
+    records = RecordTable(root, split, columns)
+    table: Table = records
+    if records.nbytes <= data.cache_gb * 1e9:
+        table = records.in_memory(data.threads)
+    return ImageSource(table, manifest["classes"], f"{manifest['checksum']}/{split}")
+
+
+SOURCES: Mapping[str, Callable[[Any, str], Source]] = {"digits": digits, "folder": folder, "npz": npz, "tfds": tfds}
 
 
 def load_source(data: Any, split: str) -> Source:

@@ -25,7 +25,7 @@ def knn_accuracy(
         return x.mean(-1).reshape(n, 8, h // 8, 8, w // 8).mean((2, 4)).reshape(n, 64)
 
     def everything(source: Source) -> tuple[np.ndarray, np.ndarray]:
-        batch = source.batch(np.arange(len(source)), np.zeros(len(source), bool))
+        batch = source.batch(np.arange(len(source)))
         return features(batch["image"]), batch["label"]
 
     classifier = KNeighborsClassifier(3).fit(*everything(train))

@@ -46,7 +46,7 @@ def diffusion_experiment(
     autoencoder: str = "",
 ) -> tuple[Experiment, Generator]:
     """The UNet on images, or with a `decoder` on latents; `autoencoder` is its workdir as seen from this one."""
-    first = train.batch(np.zeros(1, int), np.zeros(1, bool))
+    first = train.batch(np.zeros(1, int))
     shape = first["image" if decoder is None else "mean"].shape[1:]
     names = list(train.class_names)
     generator = Generator(config, shape, len(names), mesh, decoder)
@@ -89,7 +89,7 @@ def autoencoder_experiment(config: ConfigDict, train: Source, val: Source, mesh:
     count = min(per_device * mesh.size, 40)
 
     def render(params: Any) -> UInt8[np.ndarray, "h w 3"]:
-        real = val.batch(np.arange(count) % len(val), np.zeros(count, bool))["image"]
+        real = val.batch(np.arange(count) % len(val))["image"]
         fake = meshes.to_host(reconstruct(params, meshes.put_batch(real, mesh)))
         return images.grid(np.concatenate([real, fake]), count)
 

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from jaxdiff import images
 from jaxdiff import mesh as meshes
 from jaxdiff.data import device_batches, eval_batches, train_batches
-from jaxdiff.errors import Stopped
+from jaxdiff.errors import ConfigError, Stopped
 from jaxdiff.mesh import say
 from jaxdiff.training.checkpoint import MONITOR, Checkpoints
 from jaxdiff.training.experiments import Experiment
@@ -96,6 +96,7 @@ def fit(
         abstract = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), abstract)
         state, meta = checkpoints.restore(abstract)
         start = meta["data"]["batches"]
+        check_data(experiment, meta)
         say(f"{experiment.stage}: going on from step {start:,} of {total:,}")
 
     logger = RunLogger(
@@ -109,7 +110,8 @@ def fit(
     timer = StepTimer(config.batch_size)
 
     def save(step: int, val_loss: float = np.inf) -> None:
-        checkpoints.save(state, {**experiment.meta, "data": {"batches": step}}, val_loss)
+        position = {"batches": step, "images": len(experiment.train)}
+        checkpoints.save(state, {**experiment.meta, "data": position}, val_loss)
 
     def read(step: int, metrics: dict[str, Any]) -> None:
         jax.block_until_ready(metrics)
@@ -136,6 +138,7 @@ def fit(
             stop=total,
             flip=config.data.flip,
             threads=config.data.threads,
+            workers=config.data.workers,
             process_index=jax.process_index(),
             process_count=jax.process_count(),
         ),
@@ -177,6 +180,16 @@ def fit(
     checkpoints.close()
     logger.close()
     return Result(state, validator.last or validator(state.ema))
+
+
+def check_data(experiment: Experiment, meta: dict[str, Any]) -> None:
+    """ConfigError when the data are not those that the checkpoint with `meta` was trained on."""
+    names, count = list(experiment.train.class_names), len(experiment.train)
+    if names != meta["class_names"] or count != meta["data"]["images"]:
+        raise ConfigError(
+            f"config.data: these are {count:,} images in classes {', '.join(names[:5])}, ...; the run was begun with "
+            f"{meta['data']['images']:,} in {', '.join(meta['class_names'][:5])}, ...; give that, or another --workdir"
+        )
 
 
 class Validator:

@@ -9,7 +9,7 @@ from jaxtyping import Array, PRNGKeyArray
 
 from jaxdiff.data.latents import Whitening
 from jaxdiff.diffusion import Schedule, q_sample, sample_timesteps, simple_loss
-from jaxdiff.images import psnr, to_unit
+from jaxdiff.images import from_batch, psnr
 from jaxdiff.models import AutoencoderKL, Posterior, UNet
 from jaxdiff.training.step import Objective
 
@@ -26,7 +26,7 @@ def diffusion_objective(
     def prepare(batch: dict[str, Array], key: PRNGKeyArray) -> dict[str, Array]:
         keys = jax.random.split(key, 4)
         if whitening is None:
-            x0 = to_unit(batch["image"])
+            x0 = from_batch(batch)
         else:
             posterior = Posterior(batch["mean"], batch["logvar"])
             x0 = whitening.whiten(posterior.sample(jax.random.normal(keys[0], posterior.mean.shape)))
@@ -54,7 +54,7 @@ def autoencoder_objective(model: AutoencoderKL, kl_weight: float) -> Objective:
         b, h, w, _ = batch["image"].shape
         f = model.downsampling
         noise = jax.random.normal(key, (b, h // f, w // f, model.latent_channels))
-        return {"image": to_unit(batch["image"]), "noise": noise}
+        return {"image": from_batch(batch), "noise": noise}
 
     def loss(params: Any, inputs: dict[str, Array], key: PRNGKeyArray | None) -> tuple[Array, dict[str, Array]]:
         output: Any = model.apply(params, inputs["image"], inputs["noise"])

@@ -16,7 +16,7 @@ from jaxdiff.build import build_autoencoder
 from jaxdiff.config import files
 from jaxdiff.config.check import require
 from jaxdiff.data import load_source
-from jaxdiff.data.latents import encode_source, load_whitening, params_hash
+from jaxdiff.data.latents import Encoding, encode_sources, latent_root, params_hash
 from jaxdiff.data.sources import Source
 from jaxdiff.evaluation.scores import SCORES
 from jaxdiff.mesh import say
@@ -77,7 +77,7 @@ def vae_config(config: ConfigDict) -> ConfigDict:
     """The configs/vae.py experiment that is the first stage of a latent-diffusion config."""
     vae = ConfigDict({k: config[k] for k in ("seed", "dtype", "data")})
     vae.name, vae.experiment = f"vae-{config.name.split('-', 1)[1]}", "vae"
-    vae.autoencoder = ConfigDict({k: v for k, v in config.autoencoder.items() if k not in ("path", "train")})
+    vae.autoencoder = ConfigDict({k: v for k, v in config.autoencoder.items() if k not in ("path", "latents", "train")})
     vae.update(config.autoencoder.train)
     return vae
 
@@ -86,10 +86,8 @@ def _latent_stages(
     config: ConfigDict, workdir: pathlib.Path, train: Source, val: Source, mesh: Mesh
 ) -> tuple[Decoder, tuple[Source, Source]]:
     """Autoencoder (stage 1) and encoding (stage 2): the decoder, and the latents of train and val."""
-    if config.autoencoder.path:
-        folder = pathlib.Path(config.autoencoder.path)
-    else:
-        folder = workdir / "autoencoder"
+    folder = autoencoder_folder(config, workdir)
+    if not config.autoencoder.path:
         own = vae_config(config)
         if meshes.is_main():
             files.claim_workdir(own, folder)
@@ -99,28 +97,48 @@ def _latent_stages(
             if meshes.is_main():
                 files.write_json(folder / "scores.json", result.validation)
             say(f"autoencoder: {_table(result.validation)}")
+    return encode_data(config, folder, train, val, mesh)
+
+
+def autoencoder_folder(config: ConfigDict, workdir: pathlib.Path) -> pathlib.Path:
+    """Workdir of the autoencoder: the one that is given, or that of the first stage."""
+    return pathlib.Path(config.autoencoder.path) if config.autoencoder.path else workdir / "autoencoder"
+
+
+def encode_data(
+    config: ConfigDict, folder: pathlib.Path, train: Source, val: Source, mesh: Mesh
+) -> tuple[Decoder, tuple[Source, Source]]:
+    """The latents of train and val by the autoencoder in the workdir `folder`, computed unless they are stored."""
     params = load_autoencoder(config, folder, mesh)
     model = build_autoencoder(config)
+    side = config.data.image_size // model.downsampling
 
     @jax.jit
     def encode(params: Any, batch: Any) -> Any:
-        return model.apply(params, images.to_unit(batch), method="encode")
+        return model.apply(params, images.from_batch(batch), method="encode")
 
-    digest = params_hash(meshes.to_host(params))
+    sources = {"train": train, "val": val}
+    encoding = Encoding(
+        encode=functools.partial(encode, params),
+        autoencoder=params_hash(meshes.to_host(params)),
+        shape=(side, side, model.latent_channels),
+        mirrored=config.data.flip,
+        batch_size=config.autoencoder.train.batch_size,
+    )
+    chosen = config.autoencoder.latents
+    root = pathlib.Path(chosen) if chosen else latent_root(folder, sources, encoding.mirrored)
+    data = config.data
+    latents, whitening = encode_sources(root, sources, encoding, mesh, cache_gb=data.cache_gb, threads=data.threads)
+    say(f"latents of {len(train):,} training and {len(val):,} validation images: {root}")
+    return Decoder(params, whitening), (latents["train"], latents["val"])
 
-    def latents(split: str, source: Source) -> Source:
-        return encode_source(
-            source,
-            functools.partial(encode, params),
-            workdir / "latents" / split,
-            mesh,
-            autoencoder=digest,
-            batch_size=config.autoencoder.train.batch_size,
-            flip=config.data.flip,
-        )
 
-    data = latents("train", train), latents("val", val)
-    return Decoder(params, load_whitening(workdir / "latents" / "train")), data
+def run_encode(config: ConfigDict, workdir: pathlib.Path) -> None:
+    """--mode=encode: store the latents of the data set by the autoencoder that is given, or that of `workdir`."""
+    mesh = meshes.make_mesh()
+    train, val = load_source(config.data, "train"), load_source(config.data, "val")
+    folder = autoencoder_folder(config, workdir)
+    encode_data(config, folder, train, val, mesh)
 
 
 def _finish(

@@ -58,11 +58,19 @@ def config_of(experiment):
 @pytest.mark.parametrize("dataset", fields.DATASETS)
 def test_all_presets_are_possible(experiment, dataset):
     config = CONFIGS[experiment].get_config(dataset)
-    if dataset == "folder":
+    if dataset in ("folder", "npz"):
         config.data.path = "somewhere"
     for devices in (1, 2, 4, 8):
         check.validate(config, devices)
-    assert config.name == f"{experiment}-{dataset}"
+    assert config.name == f"{experiment}-{dataset.replace(':', '-')}"
+
+
+def test_tfds_by_name():
+    data = CONFIGS["ldm"].get_config("tfds:imagenette/160px").data
+    assert (data.source, data.name) == ("tfds", "imagenette/160px")
+    assert CONFIGS["ldm"].get_config("tfds:imagenette/160px").name == "ldm-tfds-imagenette-160px"
+    small, same = CONFIGS["ddpm"].get_config("tfds:cifar10"), CONFIGS["ddpm"].get_config("cifar10")
+    assert small.model == same.model and small.data.image_size == same.data.image_size == 32
 
 
 @pytest.mark.parametrize("experiment", ["ldm", "ddpm"])

@@ -12,7 +12,7 @@ from jaxdiff.evaluation.scores import knn_accuracy
 def test_neighbours_know_real_digits_and_wrong_labels(size):
     data = ConfigDict({"source": "digits", "image_size": size})
     train, val = load_source(data, "train"), load_source(data, "val")
-    real = val.batch(np.arange(100), np.zeros(100, bool))
+    real = val.batch(np.arange(100))
     right = knn_accuracy(real["image"], real["label"], train, val)
     wrong = knn_accuracy(real["image"], (real["label"] + 1) % 10, train, val)
     assert right["knn_accuracy"] > 0.95 and 0.97 < right["knn_accuracy_real"] < 1
