@@ -12,15 +12,15 @@ DATASETS: dict[str, dict[str, Any]] = {
     "imagenet100": dict(source="folder", path="data/imagenet100", image_size=128, flip=True),
     "folder": dict(source="folder", image_size=128, flip=True),
     "npz": dict(source="npz", image_size=128, flip=True),
-    "tfds:cifar10": dict(source="tfds", name="cifar10", image_size=32, flip=True),
+    "tfds:cifar10": dict(image_size=32),
     "tfds:NAME": dict(source="tfds", image_size=128, flip=True),
 }
 
 
 def dataset_fields(dataset: str) -> dict[str, Any]:
     """The fields `data` of a name in `DATASETS`, or of tfds:NAME for any NAME; ConfigError for another."""
-    if dataset.startswith("tfds:") and dataset not in DATASETS:
-        return {**DATASETS["tfds:NAME"], "name": dataset.removeprefix("tfds:")}
+    if dataset.startswith("tfds:"):
+        return {**DATASETS["tfds:NAME"], **DATASETS.get(dataset, {}), "name": dataset.removeprefix("tfds:")}
     if dataset not in DATASETS:
         raise ConfigError(f"--config=...:{dataset}: the data set must be one of {', '.join(DATASETS)}")
     return DATASETS[dataset]

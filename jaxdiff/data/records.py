@@ -4,7 +4,6 @@ import concurrent.futures
 import dataclasses
 import json
 import pathlib
-import threading
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
@@ -57,19 +56,11 @@ class RecordTable:
         shards = manifest["shards"][split]
         self._files = [root / manifest["folder"] / shard["file"] for shard in shards]
         self._ends = np.cumsum([shard["rows"] for shard in shards])
-        self._open()
-
-    def _open(self) -> None:
-        # Rows are read in no order, so reading ahead is in vain. Readers are opened when first used.
-        self._readers: list[ArrayRecordReader | None] = [None] * len(self._files)
-        self._lock = threading.Lock()
+        self._readers: list[ArrayRecordReader | None] = [None] * len(self._files)  # opened when they are first used
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name not in ("_readers", "_lock")}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
-        self._open()
+        """Without the readers: each worker process opens its own."""
+        return {**vars(self), "_readers": [None] * len(self._files)}
 
     def __len__(self) -> int:
         return int(self._ends[-1])
@@ -80,31 +71,29 @@ class RecordTable:
 
         out = {name: np.empty((len(indices), *shape), dtype) for name, (shape, dtype) in self._columns.items()}
         flat = {name: column.reshape(len(indices), -1) if column.ndim > 1 else column for name, column in out.items()}
-        shards = np.searchsorted(self._ends, indices, side="right")
-        for shard in np.unique(shards):
-            places = np.flatnonzero(shards == shard)
-            first = self._ends[shard - 1] if shard else 0
-            for place, record in zip(places, self._read(shard, (indices[places] - first).tolist()), strict=True):
-                values = tf_example_pb2.Example.FromString(record).features.feature
-                for name, column in out.items():
-                    if column.ndim > 1:
-                        flat[name][place] = np.frombuffer(values[name].bytes_list.value[0], column.dtype)
-                    else:
-                        column[place] = values[name].int64_list.value[0]
+        shards = np.searchsorted(self._ends, indices, side="right").tolist()
+        for place, (index, shard) in enumerate(zip(indices.tolist(), shards, strict=True)):
+            record = self._read(shard, index - (int(self._ends[shard - 1]) if shard else 0))
+            values = tf_example_pb2.Example.FromString(record).features.feature
+            for name, column in out.items():
+                if column.ndim > 1:
+                    flat[name][place] = np.frombuffer(values[name].bytes_list.value[0], column.dtype)
+                else:
+                    column[place] = values[name].int64_list.value[0]
         return out
 
-    def _read(self, shard: int, positions: list[int]) -> Sequence[bytes]:
-        path = self._files[shard]
+    def _read(self, shard: int, position: int) -> bytes:
+        reader = self._readers[shard]
         try:
-            with self._lock:
-                reader = self._readers[shard]
-                if reader is None:
-                    options = {"options": "readahead_buffer_size:0", "file_reader_buffer_size": 32768}
-                    reader = self._readers[shard] = ArrayRecordReader(str(path), **options)
-            return reader.read(positions)
+            if reader is None:
+                # Rows are read in no order, so reading ahead would be in vain.
+                options = {"options": "readahead_buffer_size:0", "file_reader_buffer_size": 32768}
+                reader = self._readers[shard] = ArrayRecordReader(str(self._files[shard]), **options)
+            # One at a time: for several the reader starts threads of its own, at twice the cost.
+            return reader.read([position])[0]
         except (RuntimeError, ValueError, IndexError, OSError) as error:
             why = str(error).splitlines()[0]
-            raise ConfigError(f"{path}: damaged ({why}); delete {self._root} and make it again") from None
+            raise ConfigError(f"{self._files[shard]}: damaged ({why}); delete {self._root} and make it again") from None
 
     def in_memory(self, threads: int) -> ArrayTable:
         """All rows, read by `threads` threads."""
