@@ -4,6 +4,7 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import hashlib
+import io
 import json
 import os
 import pathlib
@@ -79,11 +80,8 @@ class _Files:
     labels: Sequence[int]
 
     def read(self, i: int) -> tuple[bytes, int]:
-        file = os.open(self.paths[i], os.O_RDONLY)  # a third of the time that open() takes
-        try:
-            return os.read(file, os.fstat(file).st_size), self.labels[i]
-        finally:
-            os.close(file)
+        with io.FileIO(self.paths[i]) as file:  # without the buffer of open(), which takes a third longer
+            return file.readall(), self.labels[i]
 
     def name(self, i: int) -> str:
         return os.fsencode(self.paths[i]).decode("utf-8", "backslashreplace")
