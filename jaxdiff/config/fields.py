@@ -47,7 +47,7 @@ def base(experiment: str, dataset: str) -> ConfigDict:
     data.flip = True  # random horizontal mirroring
     data.threads = 8  # that read and decode
     data.workers = 0  # processes that read, with the threads each; 0 = the threads of this one, best up to some 8 cores
-    data.cache_gb = 4.0  # images, or latents, that take less are kept in memory
+    data.cache_gb = 8.0  # images, or latents, that take less (and less than a quarter of the memory) are kept in memory
     data.update(dataset_fields(dataset))
     return config
 

@@ -12,7 +12,7 @@ from jax.experimental import multihost_utils
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxdiff.data.pipeline import device_batches, eval_batches
-from jaxdiff.data.records import RecordTable, Table, check_settings, read_manifest
+from jaxdiff.data.records import RecordTable, Table, check_settings, fits_in_memory, read_manifest
 from jaxdiff.data.sources import Batch, Source
 from jaxdiff.mesh import barrier, batch_sharding, is_main, put_batch, to_host
 from jaxdiff.models import Posterior
@@ -95,7 +95,7 @@ def encode_sources(
 ) -> tuple[dict[str, LatentSource], Whitening]:
     """The latents of the splits `sources`, encoded to `root` unless they are there; whitening is that of "train".
 
-    Args: cache_gb, what a split may take to be kept in memory, which `threads` threads read it to.
+    Args: cache_gb, as in `fits_in_memory`, for a split, which `threads` threads read.
     Raises: ConfigError when the latents in `root` are of another autoencoder or of other images.
     """
     orientations = 1 + encoding.mirrored
@@ -116,7 +116,7 @@ def encode_sources(
     latents = {}
     for split, source in sources.items():
         records = RecordTable(root, split, columns)
-        table: Table = records.in_memory(threads) if records.nbytes <= cache_gb * 1e9 else records
+        table: Table = records.in_memory(threads) if fits_in_memory(records.nbytes, cache_gb) else records
         latents[split] = LatentSource(table, orientations, source.class_names, f"{manifest['checksum']}/{split}")
     return latents, Whitening(**manifest["whitening"])
 

@@ -3,6 +3,7 @@
 import concurrent.futures
 import dataclasses
 import json
+import os
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
@@ -112,6 +113,12 @@ class RecordTable:
     def nbytes(self) -> int:
         """Size of all rows in memory."""
         return len(self) * sum(int(np.prod(s)) * np.dtype(t).itemsize for s, t in self._columns.values())
+
+
+def fits_in_memory(nbytes: int, cache_gb: float) -> bool:
+    """Whether a table of `nbytes` is kept in memory: it takes at most `cache_gb` and a quarter of the machine."""
+    installed = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return nbytes <= min(cache_gb * 1e9, installed / 4)
 
 
 def read_manifest(root: pathlib.Path) -> Manifest | None:

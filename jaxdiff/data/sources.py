@@ -13,7 +13,7 @@ from PIL import Image
 
 from jaxdiff.data.decode import center_crop
 from jaxdiff.data.encoded import EncodedImages, class_folder, tfds_images
-from jaxdiff.data.records import MANIFEST, ArrayTable, Manifest, RecordTable, Table, read_manifest
+from jaxdiff.data.records import MANIFEST, ArrayTable, Manifest, RecordTable, Table, fits_in_memory, read_manifest
 from jaxdiff.errors import ConfigError
 from jaxdiff.mesh import say
 
@@ -146,7 +146,7 @@ def tfds(data: Any, split: str) -> Source:
 def _prepared_or_encoded(data: Any, split: str, find: Callable[[Any, str], EncodedImages]) -> Source:
     """The records that --mode=prepare made where there are any; else images that are decoded when they are read.
 
-    Either is kept in memory where it takes no more than `data.cache_gb`.
+    Either is kept in memory where it fits (`fits_in_memory`).
     """
     root = prepared_root(data)
     manifest = read_manifest(root)
@@ -156,7 +156,7 @@ def _prepared_or_encoded(data: Any, split: str, find: Callable[[Any, str], Encod
     size = data.image_size
     if encoded.share < 1:
         raise ConfigError(f"data.classes = {data.classes!r}: run --mode=prepare first, which picks out these classes")
-    if len(encoded) * size**2 * 3 <= data.cache_gb * 1e9:
+    if fits_in_memory(len(encoded) * size**2 * 3, data.cache_gb):
         say(f"decoding {len(encoded):,} images of {encoded.where} into memory")
         return array_source(*encoded.decode_all(size, data.threads), encoded.class_names)
     say(f"{encoded.where}: decoded at every reading; --mode=prepare makes that faster, and lists what is unreadable")
@@ -203,7 +203,7 @@ def prepared(data: Any, split: str, root: pathlib.Path, manifest: Manifest) -> I
     columns = {"image": ((size, size, 3), np.uint8), "label": ((), np.int32)}
     records = RecordTable(root, split, columns)
     table: Table = records
-    if records.nbytes <= data.cache_gb * 1e9:
+    if fits_in_memory(records.nbytes, data.cache_gb):
         table = records.in_memory(data.threads)
     return ImageSource(table, manifest["classes"], f"{manifest['checksum']}/{split}")
 

@@ -11,6 +11,7 @@ from jaxdiff.config import fields
 from jaxdiff.data import load_source
 from jaxdiff.data.decode import center_crop
 from jaxdiff.data.encoded import read_class_file
+from jaxdiff.data.records import fits_in_memory
 from jaxdiff.errors import ConfigError
 from tests.tiny_birds import TinyBirds, TinyBirdsTrainOnly
 
@@ -193,3 +194,10 @@ def test_class_file(tmp_path):
             read_class_file(path, ["heron", "robin", "goose"])
     with pytest.raises(ConfigError, match="no such file"):
         read_class_file(tmp_path / "nothing", [])
+
+
+def test_what_is_kept_in_memory(monkeypatch):
+    monkeypatch.setattr("os.sysconf", {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 2**32 // 4096}.get)  # 4 GiB
+    assert fits_in_memory(10**9, 1.0) and not fits_in_memory(10**9 + 1, 1.0)
+    assert fits_in_memory(2**30, 100.0) and not fits_in_memory(2**30 + 1, 100.0)
+    assert not fits_in_memory(1, 0.0)
