@@ -25,6 +25,7 @@ def build_autoencoder(config: ConfigDict) -> AutoencoderKL:
         channels=a.channels,
         channel_mult=tuple(a.channel_mult),
         num_res_blocks=a.num_res_blocks,
+        norm_groups=a.norm_groups,
         dtype=compute_dtype(config),
     )
 

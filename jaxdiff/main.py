@@ -15,6 +15,8 @@ MODES = {
     "sample": "draw images from a checkpoint",
     "prepare": "store a data set's images at the size that is trained on",
     "encode": "store a data set's latents",
+    "import": "make a workdir of a diffusers folder, --from",
+    "export": "write a diffusers folder, --to, of a workdir",
 }
 
 
@@ -24,7 +26,9 @@ def define_flags() -> None:
     config_flags.DEFINE_config_file("config", default, "Experiment, FILE or FILE:dataset; fields by --config.FIELD=...")
     flags.DEFINE_enum("mode", "train", list(MODES), "; ".join(f"{name}: {what}" for name, what in MODES.items()))
     flags.DEFINE_string("workdir", None, "Folder of the run; default runs/<config.name>.")
-    flags.DEFINE_integer("step", None, "Checkpoint to sample from; default the newest.")
+    flags.DEFINE_integer("step", None, "Checkpoint to sample from, or to export; default the newest.")
+    flags.DEFINE_string("from", None, "--mode=import: folder with a model of diffusers.")
+    flags.DEFINE_string("to", None, "--mode=export: folder to write.")
 
 
 def parse(argv: list[str]) -> list[str]:
@@ -47,8 +51,11 @@ def run(argv: list[str]) -> None:
     args = flags.FLAGS
     if argv[1:]:
         raise ConfigError(f"argument {argv[1]!r}: not understood; every argument begins with --")
-    if args.step is not None and args.mode != "sample":
-        raise ConfigError(f"--step={args.step}: only --mode=sample takes it; training goes on from the newest")
+    if args.step is not None and args.mode not in ("sample", "export"):
+        raise ConfigError(f"--step={args.step}: for --mode=sample and export; training goes on from the newest")
+    for flag, mode in (("from", "import"), ("to", "export")):
+        if (args[flag].value is None) == (args.mode == mode):
+            raise ConfigError(f"--{flag}={args[flag].value or ''}: must be given with --mode={mode}, and only there")
     # The libraries' running commentary; XLA's while it tries out GPU kernels cannot be turned off later.
     logging.set_verbosity(logging.ERROR)
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
@@ -61,6 +68,10 @@ def run(argv: list[str]) -> None:
         startup.prepare(args.config)
     elif args.mode == "encode":
         startup.encode(args.config, workdir)
+    elif args.mode == "import":
+        startup.import_model(args.config, workdir, pathlib.Path(str(args["from"].value)))
+    elif args.mode == "export":
+        startup.export_model(workdir, pathlib.Path(args.to), args.step)
     else:
         named = args.config.name if args["config"].present else None
         startup.sample(workdir, named, config_flags.get_override_values(args["config"]), args.step)

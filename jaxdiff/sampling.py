@@ -152,8 +152,9 @@ def check_autoencoder(config: ConfigDict, folder: pathlib.Path) -> None:
     Checkpoints(folder).pick(None)
 
 
-def load_autoencoder(config: ConfigDict, folder: pathlib.Path, mesh: Mesh) -> Any:
-    """The averaged parameters of the autoencoder in the workdir `folder`; errors as in `check_autoencoder`."""
+def load_autoencoder(config: ConfigDict, folder: pathlib.Path, mesh: Mesh, step: int | None = None) -> Any:
+    """The averaged parameters of the autoencoder in the workdir `folder`, newest or of a step; errors as in
+    `check_autoencoder` and `Checkpoints.pick`."""
     check_autoencoder(config, folder)
     model = build_autoencoder(config)
     size = config.data.image_size
@@ -163,7 +164,7 @@ def load_autoencoder(config: ConfigDict, folder: pathlib.Path, mesh: Mesh) -> An
     sharding = meshes.replicated(mesh)
     abstract = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), tree)
     checkpoints = Checkpoints(folder)
-    params = checkpoints.restore_params(abstract, None, "ema")
+    params = checkpoints.restore_params(abstract, step, "ema")
     checkpoints.close()
     return params
 

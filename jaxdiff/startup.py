@@ -58,6 +58,41 @@ def encode(config: ConfigDict, workdir: pathlib.Path) -> None:
     run_encode(config, workdir)
 
 
+def import_model(config: ConfigDict, workdir: pathlib.Path, source: pathlib.Path) -> None:
+    """--mode=import: `workdir` becomes that of configs/vae.py with the autoencoder in the diffusers folder `source`."""
+    from jaxdiff.interop.diffusers import load_autoencoder
+    from jaxdiff.training.stages import run_import
+
+    if config.experiment != "vae":
+        raise ConfigError(f"--mode=import: {config.name} is no autoencoder; give --config=configs/vae.py:DATASET")
+    if workdir.exists() and (not workdir.is_dir() or any(workdir.iterdir())):
+        raise ConfigError(f"--workdir={workdir}: exists and is not empty; give another")
+    fields, params = load_autoencoder(source)
+    config.autoencoder.update(fields)
+    start()
+    check.validate(config, jax.device_count())
+    run_import(config, workdir, params)
+    flags = " ".join(f"--config.autoencoder.{name}={str(value).replace(' ', '')!r}" for name, value in fields.items())
+    meshes.say(f"imported {source} to {workdir}; for latent diffusion: --config.autoencoder.path={workdir} {flags}")
+
+
+def export_model(workdir: pathlib.Path, target: pathlib.Path, step: int | None) -> None:
+    """--mode=export: the averaged autoencoder of a workdir of configs/vae.py as the diffusers folder `target`."""
+    from jaxdiff.build import build_autoencoder
+    from jaxdiff.interop.diffusers import save_autoencoder
+    from jaxdiff.sampling import load_autoencoder
+
+    path = workdir / "config.json"
+    if not path.exists() or files.load(path).experiment != "vae":
+        raise ConfigError(f"--workdir={workdir}: must be a workdir of configs/vae.py; a latent model's own is in it")
+    config = files.load(path)
+    start()
+    params = meshes.to_host(load_autoencoder(config, workdir, meshes.make_mesh(), step))
+    if meshes.is_main():
+        save_autoencoder(build_autoencoder(config), params, config.data.image_size, target)
+    meshes.say(f"exported {workdir} to {target}; diffusers.AutoencoderKL.from_pretrained reads it")
+
+
 def sample(workdir: pathlib.Path, named: str | None, overrides: dict[str, Any], step: int | None) -> None:
     """--mode=sample: the config is the workdir's own, with `overrides` of its fields `sample.*`.
 

@@ -65,6 +65,9 @@ def fails(*arguments, cwd):
         (["--mode=sample", "--workdir=none"], ["none", "no config.json"]),
         (["--mode=sample", "--step=3"], ["runs/ldm-digits"]),
         (["--step=3"], ["--step=3", "--mode=sample"]),
+        (["--mode=import"], ["--from", "must be given with --mode=import"]),
+        (["--to=x"], ["--to=x", "only there"]),
+        (["--mode=import", "--from=none", f"--config={ROOT}/configs/vae.py"], ["none", "config.json"]),
     ],
 )
 def test_a_mistake_is_one_line_and_leaves_nothing_behind(tmp_path, arguments, words):

@@ -95,7 +95,14 @@ def _validate_recipe(config: ConfigDict, prefix: str, num_devices: int) -> None:
 
 def _validate_autoencoder(config: ConfigDict) -> int:
     a = config.autoencoder
-    _at_least(config, 1, "autoencoder.channels", "autoencoder.num_res_blocks", "autoencoder.latent_channels")
+    _at_least(
+        config,
+        1,
+        "autoencoder.channels",
+        "autoencoder.num_res_blocks",
+        "autoencoder.latent_channels",
+        "autoencoder.norm_groups",
+    )
     require(len(a.channel_mult) > 0, "autoencoder.channel_mult", a.channel_mult, "not empty")
     factor = 2 ** (len(a.channel_mult) - 1)
     size = config.data.image_size

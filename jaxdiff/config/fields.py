@@ -81,6 +81,7 @@ def autoencoder(dataset: str) -> ConfigDict:
             channel_mult=(1, 2, 4),  # one entry a level; f = 2^(levels - 1)
             num_res_blocks=2,
             latent_channels=3,
+            norm_groups=32,  # of GroupNorm; fewer where they do not divide the channels
             kl_weight=1e-6,  # of the KL (nats an image) beside the summed absolute error
         )
     )

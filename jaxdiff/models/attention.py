@@ -40,6 +40,7 @@ class Attention(nn.Module):
     dtype: Dtype
     zero_init: bool = True
     eps: float = 1e-5
+    norm_groups: int = 32
 
     @nn.compact
     def __call__(
@@ -47,7 +48,7 @@ class Attention(nn.Module):
     ) -> Float[Array, "batch h w c"]:
         b, height, width, c = x.shape
         heads = c // self.head_dim if self.head_dim else 1
-        h = group_norm(c, self.dtype, self.eps, "norm")(x).reshape(b, height * width, c)
+        h = group_norm(c, self.dtype, self.eps, "norm", self.norm_groups)(x).reshape(b, height * width, c)
 
         def dense(features: int, name: str) -> nn.Dense:
             return nn.Dense(features, dtype=self.dtype, name=name)

@@ -35,6 +35,7 @@ class Encoder(nn.Module):
     channel_mult: tuple[int, ...]
     num_res_blocks: int
     latent_channels: int
+    norm_groups: int
     dtype: Dtype
 
     @nn.compact
@@ -43,11 +44,13 @@ class Encoder(nn.Module):
         for i, mult in enumerate(self.channel_mult):
             width = self.channels * mult
             for j in range(self.num_res_blocks):
-                h = _res(width, self.dtype, f"down{i}_res{j}")(h)
+                h = _res(width, self.norm_groups, self.dtype, f"down{i}_res{j}")(h)
             if i < len(self.channel_mult) - 1:
                 h = Downsample(width, self.dtype, padding=(0, 1), name=f"down{i}_resample")(h)
-        h = _middle(h, self.dtype)
-        return conv3x3(2 * self.latent_channels, self.dtype, name="conv_out")(_norm_act(h, self.dtype))
+        h = _middle(h, self.norm_groups, self.dtype)
+        return conv3x3(2 * self.latent_channels, self.dtype, name="conv_out")(
+            _norm_act(h, self.norm_groups, self.dtype)
+        )
 
 
 class Decoder(nn.Module):
@@ -57,19 +60,20 @@ class Decoder(nn.Module):
     channel_mult: tuple[int, ...]
     num_res_blocks: int
     out_channels: int
+    norm_groups: int
     dtype: Dtype
 
     @nn.compact
     def __call__(self, z: Float[Array, "batch hf wf z"]) -> Float[Array, "batch h w out"]:
         h = conv3x3(self.channels * self.channel_mult[-1], self.dtype, name="conv_in")(z)
-        h = _middle(h, self.dtype)
+        h = _middle(h, self.norm_groups, self.dtype)
         for i, mult in reversed(list(enumerate(self.channel_mult))):
             width = self.channels * mult
             for j in range(self.num_res_blocks + 1):
-                h = _res(width, self.dtype, f"up{i}_res{j}")(h)
+                h = _res(width, self.norm_groups, self.dtype, f"up{i}_res{j}")(h)
             if i > 0:
                 h = Upsample(width, self.dtype, name=f"up{i}_resample")(h)
-        return conv3x3(self.out_channels, self.dtype, name="conv_out")(_norm_act(h, self.dtype))
+        return conv3x3(self.out_channels, self.dtype, name="conv_out")(_norm_act(h, self.norm_groups, self.dtype))
 
 
 class AutoencoderKL(nn.Module):
@@ -88,12 +92,13 @@ class AutoencoderKL(nn.Module):
     channel_mult: tuple[int, ...] = (1, 2, 4)
     num_res_blocks: int = 2
     image_channels: int = 3
+    norm_groups: int = 32
     dtype: Dtype = jnp.float32
 
     def setup(self) -> None:
         shape = (self.channels, self.channel_mult, self.num_res_blocks)
-        self.encoder = Encoder(*shape, self.latent_channels, self.dtype)
-        self.decoder = Decoder(*shape, self.image_channels, self.dtype)
+        self.encoder = Encoder(*shape, self.latent_channels, self.norm_groups, self.dtype)
+        self.decoder = Decoder(*shape, self.image_channels, self.norm_groups, self.dtype)
         self.quant_conv = nn.Conv(2 * self.latent_channels, (1, 1))
         self.post_quant_conv = nn.Conv(self.latent_channels, (1, 1), dtype=self.dtype)
 
@@ -120,16 +125,16 @@ class AutoencoderKL(nn.Module):
         return self.decode(posterior.sample(noise)), posterior
 
 
-def _res(width: int, dtype: Dtype, name: str) -> ResBlock:
-    return ResBlock(width, dtype, zero_init=False, eps=NORM_EPS, name=name)
+def _res(width: int, groups: int, dtype: Dtype, name: str) -> ResBlock:
+    return ResBlock(width, dtype, zero_init=False, eps=NORM_EPS, norm_groups=groups, name=name)
 
 
-def _middle(h: Array, dtype: Dtype) -> Array:
+def _middle(h: Array, groups: int, dtype: Dtype) -> Array:
     width = h.shape[-1]
-    h = _res(width, dtype, "mid_res0")(h)
-    h = Attention(0, dtype, zero_init=False, eps=NORM_EPS, name="mid_attn")(h)
-    return _res(width, dtype, "mid_res1")(h)
+    h = _res(width, groups, dtype, "mid_res0")(h)
+    h = Attention(0, dtype, zero_init=False, eps=NORM_EPS, norm_groups=groups, name="mid_attn")(h)
+    return _res(width, groups, dtype, "mid_res1")(h)
 
 
-def _norm_act(h: Array, dtype: Dtype) -> Array:
-    return nn.silu(group_norm(h.shape[-1], dtype, NORM_EPS, "norm_out")(h))
+def _norm_act(h: Array, groups: int, dtype: Dtype) -> Array:
+    return nn.silu(group_norm(h.shape[-1], dtype, NORM_EPS, "norm_out", groups)(h))

@@ -26,9 +26,9 @@ def timestep_embedding(
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
 
-def group_norm(channels: int, dtype: Dtype, eps: float, name: str | None = None) -> nn.GroupNorm:
-    """GroupNorm with 32 groups (the largest divisor of both where 32 does not divide the channels)."""
-    return nn.GroupNorm(math.gcd(32, channels), epsilon=eps, dtype=dtype, name=name)
+def group_norm(channels: int, dtype: Dtype, eps: float, name: str | None = None, groups: int = 32) -> nn.GroupNorm:
+    """GroupNorm with `groups` groups (the largest divisor of both where that does not divide the channels)."""
+    return nn.GroupNorm(math.gcd(groups, channels), epsilon=eps, dtype=dtype, name=name)
 
 
 def conv3x3(features: int, dtype: Dtype, *, zero: bool = False, name: str | None = None) -> nn.Conv:
@@ -65,6 +65,7 @@ class ResBlock(nn.Module):
     resample: str = ""
     zero_init: bool = True
     eps: float = 1e-5
+    norm_groups: int = 32
 
     @nn.compact
     def __call__(
@@ -73,13 +74,13 @@ class ResBlock(nn.Module):
         emb: Float[Array, "batch d"] | None = None,
         deterministic: bool = True,
     ) -> Float[Array, "batch h2 w2 features"]:
-        h = nn.silu(group_norm(x.shape[-1], self.dtype, self.eps, "norm_in")(x))
+        h = nn.silu(group_norm(x.shape[-1], self.dtype, self.eps, "norm_in", self.norm_groups)(x))
         if self.resample:
             resize = upsample if self.resample == "up" else average_pool
             h, x = resize(h), resize(x)
         h = conv3x3(self.features, self.dtype, name="conv_in")(h)
 
-        norm = group_norm(self.features, self.dtype, self.eps, "norm_out")
+        norm = group_norm(self.features, self.dtype, self.eps, "norm_out", self.norm_groups)
         if emb is None:
             h = norm(h)
         else:

@@ -21,8 +21,11 @@ from jaxdiff.data.sources import Source
 from jaxdiff.evaluation.scores import SCORES
 from jaxdiff.mesh import say
 from jaxdiff.sampling import Decoder, Generator, check_autoencoder, load_autoencoder, sample_labels, save_samples
+from jaxdiff.training.checkpoint import Checkpoints
 from jaxdiff.training.experiments import autoencoder_experiment, diffusion_experiment
 from jaxdiff.training.loop import Result, fit, total_steps
+from jaxdiff.training.optimizer import lr_schedule, make_optimizer
+from jaxdiff.training.step import TrainState
 
 
 def run_train(config: ConfigDict, workdir: pathlib.Path, *, stop_at: int | None = None) -> dict[str, float]:
@@ -139,6 +142,25 @@ def run_encode(config: ConfigDict, workdir: pathlib.Path) -> None:
     train, val = load_source(config.data, "train"), load_source(config.data, "val")
     folder = autoencoder_folder(config, workdir)
     encode_data(config, folder, train, val, mesh)
+
+
+def run_import(config: ConfigDict, workdir: pathlib.Path, params: Any) -> None:
+    """Make the workdir of an autoencoder's training that has these parameters, and no step behind it."""
+    mesh = meshes.make_mesh()
+    train, val = load_source(config.data, "train"), load_source(config.data, "val")
+    if meshes.is_main():
+        files.claim_workdir(config, workdir)
+    meshes.barrier("imported")
+    params = meshes.put_replicated(params, mesh)
+    schedule = lr_schedule(config.lr, total_steps(config, len(train)), config.warmup_steps)
+    optimizer = make_optimizer(schedule, config.weight_decay, config.clip_norm)
+    opt_state = jax.jit(optimizer.init, out_shardings=meshes.replicated(mesh))(params)
+    step = meshes.put_replicated(np.zeros((), np.int32), mesh)
+    meta = autoencoder_experiment(config, train, val, mesh).meta
+    checkpoints = Checkpoints(workdir, config.keep)
+    position = {"batches": 0, "images": len(train)}
+    checkpoints.save(TrainState(step, params, params, opt_state), {**meta, "data": position})
+    checkpoints.close()
 
 
 def _finish(

@@ -1,0 +1,86 @@
+"""Between our parameter trees and torch's flat state dicts, given which name belongs to which parameter."""
+
+import pathlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from jaxdiff.errors import ConfigError
+
+Tensors = dict[str, np.ndarray]
+# Path of a parameter, "encoder/conv_in/kernel", to the tensors that it is made of, along its last axis.
+Names = Callable[[str], list[str]]
+
+
+def read_safetensors(path: pathlib.Path) -> Tensors:
+    """All tensors of a file, as float32; ConfigError when it is missing or damaged. No pickle is ever read."""
+    if not path.is_file():
+        raise ConfigError(f"--from: there is no file {path}")
+    try:
+        with safe_open(path, framework="flax") as file:  # knows bfloat16, which numpy's does not
+            return {name: np.asarray(file.get_tensor(name), np.float32) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise ConfigError(f"--from: {path} is no safetensors file, or a damaged one ({error})") from None
+
+
+def to_torch(value: np.ndarray, leaf: str) -> np.ndarray:
+    """A kernel [h, w, in, out] or [in, out] as torch has it, [out, in, h, w] or [out, in]; other leaves unchanged."""
+    if leaf != "kernel":
+        return value
+    return np.transpose(value, (3, 2, 0, 1) if value.ndim == 4 else (1, 0))
+
+
+def from_torch(value: np.ndarray, leaf: str) -> np.ndarray:
+    """The inverse of `to_torch`."""
+    if leaf != "kernel":
+        return value
+    return np.transpose(value, (2, 3, 1, 0) if value.ndim == 4 else (1, 0))
+
+
+def export_params(params: Any, names: Names) -> Tensors:
+    """The state dict of a parameter tree."""
+    tensors = {}
+    for path, value in _leaves(params):
+        leaf, parts = path.rsplit("/", 1)[1], names(path)
+        for name, part in zip(parts, np.split(np.asarray(value), len(parts), axis=-1), strict=True):
+            tensors[name] = np.ascontiguousarray(to_torch(part, leaf))
+    return tensors
+
+
+def import_params(tensors: Mapping[str, np.ndarray], abstract: Any, names: Names, where: str) -> Any:
+    """The tree of the shapes `abstract` from a state dict.
+
+    Raises: ConfigError naming all tensors that are missing in `where`, or of another shape, or not of this network.
+    """
+    rest, missing, misshapen = dict(tensors), [], []
+
+    def take(path: str, shape: tuple[int, ...]) -> np.ndarray | None:
+        leaf, parts = path.rsplit("/", 1)[1], names(path)
+        expected = to_torch(np.empty((*shape[:-1], shape[-1] // len(parts))), leaf).shape
+        found = []
+        for name in parts:
+            if name not in rest:
+                missing.append(name)
+                continue
+            value = rest.pop(name)
+            if value.shape == (*expected, 1, 1):  # attention as 1x1 convolutions, as latent-diffusion has it
+                value = value[..., 0, 0]
+            if value.shape != expected:
+                misshapen.append(f"{name} {list(value.shape)}, not {list(expected)}")
+                continue
+            found.append(from_torch(value, leaf))
+        return np.concatenate(found, axis=-1) if len(found) == len(parts) else None
+
+    values = [take(path, leaf.shape) for path, leaf in _leaves(abstract)]
+    for what, wrong in (("misses", missing), ("has another shape of", misshapen), ("has besides", sorted(rest))):
+        if wrong:
+            raise ConfigError(f"--from: {where} is of another network: it {what} {', '.join(wrong)}")
+    return jax.tree.unflatten(jax.tree.structure(abstract), values)
+
+
+def _leaves(tree: Any) -> list[tuple[str, Any]]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return [("/".join(str(key.key) for key in path), leaf) for path, leaf in leaves]
