@@ -117,15 +117,22 @@ def abstract_autoencoder(model: AutoencoderKL) -> Any:
 def save_autoencoder(model: AutoencoderKL, params: Any, sample_size: int, folder: pathlib.Path) -> None:
     """Write a folder that `diffusers.AutoencoderKL.from_pretrained` loads.
 
-    Args: sample_size, image height in pixels. Raises: ConfigError when `folder` exists and is not empty.
+    Args: sample_size, image height in pixels.
+    Raises: ConfigError when `folder` exists and is not empty, or diffusers has no such GroupNorm.
     """
+    widths = [model.channels * mult for mult in model.channel_mult]
+    if any(width % model.norm_groups for width in widths):
+        raise ConfigError(
+            f"config.autoencoder.norm_groups = {model.norm_groups}: diffusers has as many groups at every level, and "
+            f"they do not divide the channels {', '.join(map(str, widths))}; train with a divisor of them to export"
+        )
     if folder.exists() and any(folder.iterdir()):
         raise ConfigError(f"--to={folder}: exists and is not empty; give another")
     levels = len(model.channel_mult)
     config = {
         "_class_name": "AutoencoderKL",
         **AUTOENCODER_FIXED,
-        "block_out_channels": [model.channels * mult for mult in model.channel_mult],
+        "block_out_channels": widths,
         "down_block_types": ["DownEncoderBlock2D"] * levels,
         "up_block_types": ["UpDecoderBlock2D"] * levels,
         "latent_channels": model.latent_channels,

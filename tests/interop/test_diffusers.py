@@ -61,6 +61,12 @@ def test_round_trip(name, tmp_path):
         save_autoencoder(AutoencoderKL(**fields), params, 32, tmp_path / "out")
 
 
+def test_groups_that_diffusers_does_not_have(tmp_path):
+    with pytest.raises(ConfigError, match="norm_groups = 32: .* do not divide the channels 16, 32;"):
+        save_autoencoder(AutoencoderKL(3, 16, (1, 2)), {}, 32, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_names_of_old_files(tmp_path):
     """Attention as 1x1 convolutions called query, key, value and proj_attn."""
     old = {}
