@@ -76,6 +76,28 @@ def test_a_mistake_is_one_line_and_leaves_nothing_behind(tmp_path, arguments, wo
         assert word in line
 
 
+def test_prepare_then_prepare_again_then_spoil(tmp_path):
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 9), ("val", 2)):
+        for name in ("goose", "robin"):
+            (tmp_path / "birds" / split / name).mkdir(parents=True)
+            for k in range(count):
+                image = Image.fromarray(rng.integers(0, 256, (20, 24, 3), np.uint8))
+                image.save(tmp_path / "birds" / split / name / f"{k}.jpg")
+    command = [f"--config={ROOT}/configs/ldm_cfg.py:folder", "--mode=prepare", "--config.data.path=birds"]
+    for _ in range(2):
+        done = jaxdiff(*command, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout == "birds-128px: 18 train, 4 val images of 128 pixels in 2 classes\n"
+    (tmp_path / "birds" / "train" / "goose" / "page.jpg").write_text("<html>404</html>")
+    failed = jaxdiff(*command, "--config.data.prepared=again", cwd=tmp_path)
+    assert failed.returncode == 2
+    line = failed.stderr.splitlines()[-1]
+    assert line.startswith("error: data.max_rejected = 0.001: 1 of 23 images (4.35%)") and "page.jpg" in line
+    assert "page.jpg" in (tmp_path / "again" / "rejected.jsonl").read_text()
+    assert not (tmp_path / "again" / "manifest.json").exists()
+
+
 def test_train_stop_go_on_sample(tmp_path):
     (tmp_path / "tiny.py").write_text(TINY)
     train = ["--config=tiny.py:ldm", "--workdir=run"]
