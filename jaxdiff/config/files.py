@@ -12,6 +12,8 @@ SAMPLE_FIELDS = ("sample",)  # groups that --mode=sample may change
 # Groups and fields that a resumed run may change as well: they bear on what is recorded, not on what is learnt.
 FREE_DATA_FIELDS = ("path", "prepared", "max_rejected", "threads", "workers", "cache_gb")
 FREE_FIELDS = (*SAMPLE_FIELDS, "eval", "autoencoder.latents", *(f"data.{field}" for field in FREE_DATA_FIELDS))
+# Fields that are younger than some workdirs, and what those were made with.
+ADDED_FIELDS = {"data.name": "", "data.classes": "", "autoencoder.norm_groups": 32}
 FREE_RECIPE_FIELDS = ("log_every", "sample_every", "checkpoint_every", "keep")
 
 
@@ -34,8 +36,13 @@ def save(config: ConfigDict, path: pathlib.Path) -> None:
 
 
 def load(path: pathlib.Path) -> ConfigDict:
-    """Read what `save` wrote."""
-    return ConfigDict(_tuples(json.loads(path.read_text())))
+    """Read what `save` wrote, in this version or an earlier one."""
+    config = ConfigDict(_tuples(json.loads(path.read_text())))
+    for name, value in ADDED_FIELDS.items():
+        group, field = name.split(".")
+        if group in config and field not in config[group]:
+            config[group][field] = value
+    return config
 
 
 def _tuples(tree: Any) -> Any:

@@ -1,5 +1,6 @@
 """Every impossible config is one line that names the field, its value and what is allowed, before anything compiles."""
 
+import json
 import pathlib
 
 import pytest
@@ -137,6 +138,21 @@ def test_whose_a_workdir_is(tmp_path):
         with pytest.raises(ConfigError, match=rf"config.{field} = {value!r}: .* was made with"):
             files.claim_workdir(other, tmp_path / "run")
         assert files.load(tmp_path / "run" / "config.json") == config
+
+
+def test_a_workdir_of_an_earlier_version(tmp_path):
+    config = config_of("ldm")
+    files.claim_workdir(config, tmp_path)
+    old = json.loads((tmp_path / "config.json").read_text())
+    for field in files.ADDED_FIELDS:
+        group, name = field.split(".")
+        del old[group][name]
+    (tmp_path / "config.json").write_text(json.dumps(old))
+    assert files.load(tmp_path / "config.json") == config
+    files.check_workdir(config, tmp_path)
+    config.autoencoder.norm_groups = 8
+    with pytest.raises(ConfigError, match="config.autoencoder.norm_groups = 8: .* was made with 32"):
+        files.check_workdir(config, tmp_path)
 
 
 @pytest.mark.parametrize("kind", ["file", "folder"])
