@@ -2,7 +2,7 @@
 
 import pathlib
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, cast
 
 import jax
@@ -35,8 +35,9 @@ class Decoder(NamedTuple):
 class Generator:
     """Draws images from the parameters of a UNet.
 
-    Timesteps, coefficients, guidance weight and eta are traced: only the batch size, clipping, and whether there is
-    guidance at all make another program. Image k is a function of (seed, k) and its label.
+    Timesteps, coefficients, eta, and the guidance's weight, interval and rescaling are traced: only the batch size,
+    clipping, and whether there is guidance, or an interval of it, make another program. Image k is a function of
+    (seed, k) and its label.
     """
 
     def __init__(
@@ -57,7 +58,7 @@ class Generator:
             self._autoencoder = build_autoencoder(config)
             self._whitening = decoder.whitening
             self.decoder_params = decoder.params
-        self._run = jax.jit(self._draw, static_argnames=("guided", "clip"))
+        self._run = jax.jit(self._draw, static_argnames=("guided", "limited", "clip"))
 
     def abstract_params(self) -> Any:
         """Shapes and shardings of the UNet's parameters."""
@@ -85,8 +86,10 @@ class Generator:
                 "guidance": np.full(size, settings.guidance, np.float32),
             }
             rows = meshes.put_batch(rows, self.mesh)
-            flags = {"guided": settings.guidance != 0, "clip": settings.clip}
-            out.append(meshes.to_host(self._run(params, self.decoder_params, plan, key, rows, **flags)))
+            limited = bool(settings.guidance_interval)
+            flags = {"guided": settings.guidance != 0, "limited": limited, "clip": settings.clip}
+            options = (tuple(settings.guidance_interval) or (0, 0), settings.guidance_rescale)
+            out.append(meshes.to_host(self._run(params, self.decoder_params, plan, key, rows, *options, **flags)))
         return np.concatenate(out)[: len(labels)]
 
     def _draw(
@@ -96,17 +99,26 @@ class Generator:
         plan: diffusion.Plan,
         key: Array,
         rows: dict[str, Array],
+        interval: tuple[Array, Array],
+        phi: Array,
         *,
         guided: bool,
+        limited: bool,
         clip: bool,
     ) -> UInt8[Array, "batch h w 3"]:
         def apply(x: Array, t: Array, y: Array) -> Any:
             return self.unet.apply(params, x, t, y)
 
-        def model(x: Array, t: Array) -> Array:
-            if guided:
-                return diffusion.classifier_free(apply, self.num_classes)(x, t, rows["label"], rows["guidance"])
+        def plain(x: Array, t: Array) -> Array:
             return apply(x, t, rows["label"])
+
+        def with_guidance(x: Array, t: Array) -> Array:
+            model = diffusion.classifier_free(apply, self.num_classes, phi=phi)
+            return model(x, t, rows["label"], rows["guidance"])
+
+        model: Callable[[Array, Array], Array] = with_guidance if guided else plain
+        if guided and limited:
+            model = diffusion.within(interval, with_guidance, plain)
 
         keys = diffusion.sample_keys(key, rows["index"])
         x = diffusion.sample(model, plan, diffusion.initial_noise(keys, self.shape), keys, clip=clip)

@@ -131,6 +131,22 @@ def test_guidance_is_the_formula(generator, params, config):
     assert np.abs(expected - guided)[inside].max() <= 4
 
 
+def test_guidance_in_an_interval(generator, params, config):
+    """All timesteps, none of those that are taken, and some; another interval is no other program."""
+    labels = np.arange(16) % 10
+    settings = {"steps": 4, "guidance": 2.0, "spacing": "leading"}  # t = 750, 500, 250, 0
+    everywhere = draw(generator, params, config, labels, **settings)
+    plain = draw(generator, params, config, labels, **{**settings, "guidance": 0.0})
+    programs = generator._run._cache_size()
+    same = draw(generator, params, config, labels, guidance_interval=(0, 999), **settings)
+    none = draw(generator, params, config, labels, guidance_interval=(600, 700), **settings)
+    some = draw(generator, params, config, labels, guidance_interval=(200, 600), **settings)
+    assert np.abs(same.astype(int) - everywhere).max() <= 1 and np.abs(none.astype(int) - plain).max() <= 1
+    assert (some != everywhere).any() and (some != plain).any()
+    rescaled = draw(generator, params, config, labels, guidance_rescale=0.7, **settings)
+    assert (rescaled != everywhere).any() and generator._run._cache_size() == programs + 1
+
+
 def test_pixels_there_and_back():
     levels = np.arange(256, dtype=np.uint8)
     np.testing.assert_array_equal(images.to_uint8(images.to_unit(levels)), levels)

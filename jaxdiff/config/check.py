@@ -159,4 +159,11 @@ def validate_sample(config: ConfigDict) -> None:
         s.guidance,
         "0 with diffusion.label_dropout = 0, which trains no null class",
     )
+    interval = tuple(s.guidance_interval)
+    ordered = len(interval) == 2 and 0 <= interval[0] <= interval[1] < d.num_steps
+    allowed = f"empty or (first, last) in 0..{d.num_steps - 1}"
+    require(not interval or ordered, "sample.guidance_interval", interval, allowed)
+    require(0 <= s.guidance_rescale <= 1, "sample.guidance_rescale", s.guidance_rescale, "in [0, 1]")
+    for field, used in (("guidance_interval", interval), ("guidance_rescale", s.guidance_rescale)):
+        require(not used or s.guidance > 0, f"sample.{field}", used, "left out with sample.guidance = 0")
     _at_least(config, 1, "sample.num", "sample.batch_size")

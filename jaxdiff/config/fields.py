@@ -148,6 +148,8 @@ def sample() -> ConfigDict:
             spacing="leading",  # leading, trailing, linspace or adm: which timesteps
             eta=0.0,  # ddim: 0 = deterministic, 1 = as noisy as ddpm
             guidance=0.0,  # w in (1+w) cond - w uncond; elsewhere written as s = 1 + w
+            guidance_interval=(),  # first and last timestep t with guidance, the others cost half; () = all
+            guidance_rescale=0.0,  # phi, share by which guided predictions get the spread of the conditional ones back
             clip=True,  # x0 predictions to [-1, 1]; latents have no such bounds
             classes="",  # names or numbers with commas between, repeated in turn; empty = all
             num=100,  # images

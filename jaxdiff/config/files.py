@@ -13,7 +13,13 @@ SAMPLE_FIELDS = ("sample",)  # groups that --mode=sample may change
 FREE_DATA_FIELDS = ("path", "prepared", "max_rejected", "threads", "workers", "cache_gb")
 FREE_FIELDS = (*SAMPLE_FIELDS, "eval", "autoencoder.latents", *(f"data.{field}" for field in FREE_DATA_FIELDS))
 # Fields that are younger than some workdirs, and what those were made with.
-ADDED_FIELDS = {"data.name": "", "data.classes": "", "autoencoder.norm_groups": 32}
+ADDED_FIELDS = {
+    "data.name": "",
+    "data.classes": "",
+    "autoencoder.norm_groups": 32,
+    "sample.guidance_interval": (),
+    "sample.guidance_rescale": 0.0,
+}
 FREE_RECIPE_FIELDS = ("log_every", "sample_every", "checkpoint_every", "keep")
 
 

@@ -1,6 +1,6 @@
 """The maths of diffusion models: arrays in, arrays out; no networks, config or logging."""
 
-from jaxdiff.diffusion.guidance import classifier_free, guide
+from jaxdiff.diffusion.guidance import classifier_free, guide, rescale, within
 from jaxdiff.diffusion.losses import sample_timesteps, simple_loss
 from jaxdiff.diffusion.process import p_mean_variance, predict_eps_from_x0, predict_x0_from_eps, q_posterior, q_sample
 from jaxdiff.diffusion.samplers import (
@@ -36,6 +36,7 @@ __all__ = [
     "predict_x0_from_eps",
     "q_posterior",
     "q_sample",
+    "rescale",
     "sample",
     "sample_keys",
     "sample_timesteps",
@@ -43,4 +44,5 @@ __all__ = [
     "simple_loss",
     "timestep_pairs",
     "trajectory",
+    "within",
 ]

@@ -81,6 +81,35 @@ def test_guidance_is_one_forward_pass_of_twice_the_batch():
     np.testing.assert_allclose(out, jnp.stack([(2 * 3 - 10) * x[0], (3 * 4 - 2 * 10) * x[1]]), rtol=1e-5)
 
 
+def test_rescaled_guidance_has_the_spread_of_the_conditional_one():
+    cond, guided = normal(0, 3, 4, 4, 2), 5 * normal(1, 3, 4, 4, 2) + 1
+    out = df.rescale(guided, cond, 1.0)
+    np.testing.assert_allclose(out.std(axis=(1, 2, 3)), cond.std(axis=(1, 2, 3)), rtol=1e-5)
+    np.testing.assert_allclose(df.rescale(guided, cond, 0.7), 0.7 * out + 0.3 * guided, rtol=1e-5)
+    np.testing.assert_array_equal(df.rescale(guided, cond, 0.0), guided)
+    np.testing.assert_array_equal(df.rescale(0 * guided, cond, 0.7), 0 * guided)
+
+
+def test_outside_its_interval_guidance_is_not_computed():
+    batches = []
+
+    def apply(x, t, y):
+        jax.debug.callback(lambda _: batches.append(len(x)), x, ordered=True)
+        return x * y[:, None, None, None]
+
+    y, w = jnp.array([3, 4]), jnp.array([1.0, 2.0])
+    cfg = df.classifier_free(apply, null_label=10)
+    low, high = jnp.int32(5), jnp.int32(7)
+    model = jax.jit(df.within((low, high), lambda x, t: cfg(x, t, y, w), lambda x, t: apply(x, t, y)))
+    x = normal(0, 2, 2, 2, 1)
+    for t in (4, 5, 7, 8):
+        out = model(x, jnp.array([t, t]))
+        expected = cfg(x, jnp.array([t, t]), y, w) if low <= t <= high else apply(x, None, y)
+        np.testing.assert_allclose(out, expected, rtol=1e-6)
+    jax.effects_barrier()
+    assert batches == [n for n in (2, 4, 4, 2) for _ in range(2)]  # twice: the model, and what is expected of it
+
+
 @pytest.mark.parametrize("spacing", df.SPACINGS)
 @pytest.mark.parametrize("steps", [1, 2, 50, 300, 999, 1000])
 def test_spacings_descend_to_the_clean_end(spacing, steps):
