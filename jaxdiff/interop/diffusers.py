@@ -46,6 +46,9 @@ def autoencoder_fields(config: Mapping[str, Any], where: str) -> dict[str, Any]:
     for name, value in AUTOENCODER_FIXED.items():
         if config.get(name, value) != value:
             raise ConfigError(f"--from={where}: {name} = {config[name]!r} is not supported, only {value!r}")
+    for name in ("block_out_channels", "layers_per_block", "latent_channels"):
+        if not config.get(name):
+            raise ConfigError(f"--from={where}: its config.json must give {name}")
     widths = config["block_out_channels"]
     if any(width % widths[0] for width in widths):
         raise ConfigError(f"--from={where}: block_out_channels = {widths!r} must be multiples of the first")

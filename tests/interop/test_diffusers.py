@@ -101,6 +101,8 @@ def test_half_precision(tmp_path):
         ({"act_fn": "relu"}, ["act_fn = 'relu'", "'silu'"]),
         ({"use_quant_conv": False}, ["use_quant_conv = False"]),
         ({"block_out_channels": [16, 24, 64]}, ["block_out_channels"]),
+        ({"block_out_channels": []}, ["must give block_out_channels"]),
+        ({"layers_per_block": None}, ["must give layers_per_block"]),
         ({"down_block_types": ["DownEncoderBlock2D", "AttnDownEncoderBlock2D"]}, ["AttnDownEncoderBlock2D"]),
     ],
 )
