@@ -9,6 +9,9 @@ from ml_collections import ConfigDict
 from jaxdiff.diffusion import Schedule, make_schedule
 from jaxdiff.models import AutoencoderKL, UNet
 
+# The fields `autoencoder` that make the network; the others are of its loss.
+ARCHITECTURE = ("channels", "channel_mult", "num_res_blocks", "latent_channels", "norm_groups")
+
 
 def compute_dtype(config: ConfigDict) -> Any:
     """`config.dtype`, where auto is bfloat16 on a GPU and float32 elsewhere."""
@@ -19,15 +22,7 @@ def compute_dtype(config: ConfigDict) -> Any:
 
 def build_autoencoder(config: ConfigDict) -> AutoencoderKL:
     """The network of `config.autoencoder`."""
-    a = config.autoencoder
-    return AutoencoderKL(
-        latent_channels=a.latent_channels,
-        channels=a.channels,
-        channel_mult=tuple(a.channel_mult),
-        num_res_blocks=a.num_res_blocks,
-        norm_groups=a.norm_groups,
-        dtype=compute_dtype(config),
-    )
+    return AutoencoderKL(**{name: config.autoencoder[name] for name in ARCHITECTURE}, dtype=compute_dtype(config))
 
 
 def build_unet(config: ConfigDict, channels: int, num_classes: int) -> UNet:

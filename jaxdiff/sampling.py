@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from jaxdiff import diffusion, images
 from jaxdiff import mesh as meshes
-from jaxdiff.build import build_autoencoder, build_schedule, build_unet
+from jaxdiff.build import ARCHITECTURE, build_autoencoder, build_schedule, build_unet
 from jaxdiff.config import files
 from jaxdiff.config.check import require
 from jaxdiff.data.latents import Whitening
@@ -158,8 +158,8 @@ def check_autoencoder(config: ConfigDict, folder: pathlib.Path) -> None:
     path = folder / "config.json"
     if not path.exists() or files.load(path).experiment != "vae":
         raise ConfigError(f"config.autoencoder.path = {str(folder)!r}: must be a workdir made by configs/vae.py")
-    for field, value in files.load(path).autoencoder.items():
-        own = config.autoencoder[field]
+    for field in ARCHITECTURE:
+        own, value = config.autoencoder[field], files.load(path).autoencoder[field]
         require(own == value, f"autoencoder.{field}", own, f"{value!r} as in {path}")
     Checkpoints(folder).pick(None)
 

@@ -10,6 +10,7 @@ from jaxdiff.data.sources import SOURCES
 from jaxdiff.diffusion import SAMPLERS, SCHEDULES, SPACINGS
 from jaxdiff.errors import ConfigError
 from jaxdiff.evaluation.scores import SCORES
+from jaxdiff.models.discriminator import patches
 
 EXPERIMENTS = ("ldm", "ddpm", "vae")
 
@@ -85,6 +86,9 @@ def _validate_recipe(config: ConfigDict, prefix: str, num_devices: int) -> None:
     r = _get(config, prefix[:-1]) if prefix else config
     require(r.lr > 0, f"{prefix}lr", r.lr, "positive")
     require(r.clip_norm > 0, f"{prefix}clip_norm", r.clip_norm, "positive")
+    betas = tuple(r.adam_betas)
+    in_range = len(betas) == 2 and all(0 <= beta < 1 for beta in betas)
+    require(in_range, f"{prefix}adam_betas", betas, "two numbers in [0, 1)")
     require(0 <= r.ema_decay < 1, f"{prefix}ema_decay", r.ema_decay, "in [0, 1)")
     one = (r.epochs > 0) != (r.steps > 0)
     require(one, f"{prefix}epochs", r.epochs, f"0 or {prefix}steps = {r.steps} must be 0, and not both")
@@ -107,6 +111,11 @@ def _validate_autoencoder(config: ConfigDict) -> int:
     factor = 2 ** (len(a.channel_mult) - 1)
     size = config.data.image_size
     require(size % factor == 0, "data.image_size", size, f"a multiple of the autoencoder's downsampling, {factor}")
+    _at_least(config, 0, "autoencoder.kl_weight", "autoencoder.perceptual_weight", "autoencoder.disc_weight")
+    _at_least(config, 1, "autoencoder.disc_layers")
+    require(0 <= a.disc_start <= 1, "autoencoder.disc_start", a.disc_start, "a share of the steps, in [0, 1]")
+    fits = not a.disc_weight or patches(size, a.disc_layers) >= 1
+    require(fits, "autoencoder.disc_layers", a.disc_layers, f"less for images of {size} pixels")
     return factor
 
 

@@ -63,6 +63,7 @@ def recipe() -> ConfigDict:
             lr=1e-4,  # peak; cosine annealing to 0 at the last step
             warmup_steps=0,  # of linear increase from 0
             weight_decay=1e-4,
+            adam_betas=(0.9, 0.999),  # decay of the averages of the gradient and of its square
             clip_norm=1.0,  # global gradient norm above which gradients are scaled down
             ema_decay=0.9999,  # warmed up as min(ema_decay, (1 + n) / (10 + n))
             log_every=100,  # steps between lines of metrics.jsonl
@@ -83,17 +84,25 @@ def autoencoder(dataset: str) -> ConfigDict:
             latent_channels=3,
             norm_groups=32,  # of GroupNorm; fewer where they do not divide the channels
             kl_weight=1e-6,  # of the KL (nats an image) beside the summed absolute error
+            perceptual_weight=0.2,  # of the distance in features beside the mean absolute error; 0 = none
+            lpips="",  # file with the weights of LPIPS-VGG; empty = the distance in features of EfficientNet-Lite0
+            disc_weight=0.5,  # of the discriminator's loss, relative to the reconstruction's gradient; 0 = none
+            disc_start=0.25,  # share of the steps after which the discriminator plays
+            disc_layers=3,  # of stride 2 of the discriminator, which judges patches of 16, 34, 70, ... pixels
         )
     )
     if dataset == "digits":
         # f8: 4x4x4 numbers, as many as the 8x8 pixels that were enlarged. Smoother latents matter more than sharpness.
-        config.update(channels=8, channel_mult=(1, 2, 4, 4), num_res_blocks=1, latent_channels=4, kl_weight=0.02)
+        config.update(channels=8, channel_mult=(1, 2, 4, 4), num_res_blocks=1, latent_channels=4, norm_groups=8)
+        config.update(kl_weight=0.02, perceptual_weight=0.0, disc_weight=0.0)
     return config
 
 
 def autoencoder_recipe(dataset: str) -> ConfigDict:
     """The training of that autoencoder, alone or as the first stage of latent diffusion."""
     config = recipe()
+    if dataset != "digits":
+        config.adam_betas = (0.5, 0.9)  # as is customary against a discriminator
     if dataset == "digits":
         config.update(
             epochs=0.0,

@@ -14,9 +14,16 @@ FREE_DATA_FIELDS = ("path", "prepared", "max_rejected", "threads", "workers", "c
 FREE_FIELDS = (*SAMPLE_FIELDS, "eval", "autoencoder.latents", *(f"data.{field}" for field in FREE_DATA_FIELDS))
 # Fields that are younger than some workdirs, and what those were made with.
 ADDED_FIELDS = {
+    "adam_betas": (0.9, 0.999),
+    "autoencoder.train.adam_betas": (0.9, 0.999),
     "data.name": "",
     "data.classes": "",
     "autoencoder.norm_groups": 32,
+    "autoencoder.perceptual_weight": 0.0,
+    "autoencoder.lpips": "",
+    "autoencoder.disc_weight": 0.0,
+    "autoencoder.disc_start": 0.25,
+    "autoencoder.disc_layers": 3,
     "sample.guidance_interval": (),
     "sample.guidance_rescale": 0.0,
 }
@@ -45,9 +52,12 @@ def load(path: pathlib.Path) -> ConfigDict:
     """Read what `save` wrote, in this version or an earlier one."""
     config = ConfigDict(_tuples(json.loads(path.read_text())))
     for name, value in ADDED_FIELDS.items():
-        group, field = name.split(".")
-        if group in config and field not in config[group]:
-            config[group][field] = value
+        *parts, field = name.split(".")
+        group: Any = config
+        for part in parts:
+            group = group.get(part, {})
+        if group and field not in group:
+            group[field] = value
     return config
 
 

@@ -15,15 +15,15 @@ Tensors = dict[str, np.ndarray]
 Names = Callable[[str], list[str]]
 
 
-def read_safetensors(path: pathlib.Path) -> Tensors:
-    """All tensors of a file, as float32; ConfigError when it is missing or damaged. No pickle is ever read."""
+def read_safetensors(path: pathlib.Path, flag: str = "--from") -> Tensors:
+    """All tensors of a file, as float32; ConfigError, beginning with `flag`, when it is missing or damaged."""
     if not path.is_file():
-        raise ConfigError(f"--from: there is no file {path}")
+        raise ConfigError(f"{flag}: there is no file {path}")
     try:
         with safe_open(path, framework="flax") as file:  # knows bfloat16, which numpy's does not
             return {name: np.asarray(file.get_tensor(name), np.float32) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
-        raise ConfigError(f"--from: {path} is no safetensors file, or a damaged one ({error})") from None
+        raise ConfigError(f"{flag}: {path} is no safetensors file, or a damaged one ({error})") from None
 
 
 def to_torch(value: np.ndarray, leaf: str) -> np.ndarray:

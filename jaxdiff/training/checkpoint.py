@@ -12,14 +12,27 @@ from jaxdiff.errors import ConfigError
 from jaxdiff.training.step import TrainState
 
 MONITOR = "val_loss"
+# What the parts of a state are called in a checkpoint.
+STATE_ITEMS = {
+    "params": "params",
+    "ema": "ema",
+    "optimizer": "opt_state",
+    "critic": "critic",
+    "critic_optimizer": "critic_opt_state",
+}
+
+
+def state_items(state: TrainState) -> dict[str, Any]:
+    """The parts of a state that there are, by their names in a checkpoint."""
+    return {name: part for name, field in STATE_ITEMS.items() if (part := getattr(state, field)) != ()}
 
 
 class Checkpoints:
     """The folder `workdir/checkpoints`, an Orbax CheckpointManager.
 
-    A checkpoint holds the items params, ema, optimizer (each restorable alone), and meta: a JSON object with the
-    position in the data and what sampling has to know. With `keep`, saving leaves the last `keep` checkpoints and the
-    one of the lowest validation loss.
+    A checkpoint holds the items params, ema, optimizer (each restorable alone), critic and critic_optimizer where the
+    loss is trained too, and meta: a JSON object with the position in the data and what sampling has to know. With
+    `keep`, saving leaves the last `keep` checkpoints and the one of the lowest validation loss.
     """
 
     def __init__(self, workdir: pathlib.Path, keep: int | None = None) -> None:
@@ -32,7 +45,7 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(
             preservation_policy=policy, create=writing, read_only=not writing, cleanup_tmp_directories=writing
         )
-        names = ("params", "ema", "optimizer", "meta")
+        names = (*STATE_ITEMS, "meta")
         self._manager = ocp.CheckpointManager(self.folder, options=options, item_names=names)
 
     @property
@@ -59,10 +72,7 @@ class Checkpoints:
             return ocp.args.StandardSave(jax.tree.map(one_copy, part))
 
         items = ocp.args.Composite(
-            params=tree(state.params),
-            ema=tree(state.ema),
-            optimizer=tree(state.opt_state),
-            meta=ocp.args.JsonSave(meta),
+            **{name: tree(part) for name, part in state_items(state).items()}, meta=ocp.args.JsonSave(meta)
         )
         self._manager.save(step, args=items, metrics={MONITOR: min(val_loss, 1e30)})
 
@@ -71,14 +81,12 @@ class Checkpoints:
         step = self.pick(None)
         tree = ocp.args.StandardRestore
         items = ocp.args.Composite(
-            params=tree(abstract.params),
-            ema=tree(abstract.ema),
-            optimizer=tree(abstract.opt_state),
-            meta=ocp.args.JsonRestore(),
+            **{name: tree(part) for name, part in state_items(abstract).items()}, meta=ocp.args.JsonRestore()
         )
         got = self._manager.restore(step, args=items)
         at = jax.device_put(jax.numpy.asarray(step, jax.numpy.int32), abstract.step.sharding)
-        return TrainState(at, got.params, got.ema, got.optimizer), got.meta
+        parts = {STATE_ITEMS[name]: got[name] for name in state_items(abstract)}
+        return abstract._replace(step=at, **parts), got.meta
 
     def restore_params(self, abstract: Any, step: int | None, weights: str) -> Any:
         """Only the parameters, `weights` "ema" or "raw", of a step (None = newest)."""

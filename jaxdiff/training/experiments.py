@@ -14,8 +14,12 @@ from jaxdiff import images
 from jaxdiff import mesh as meshes
 from jaxdiff.build import build_autoencoder
 from jaxdiff.data import Source
+from jaxdiff.models.discriminator import PatchDiscriminator
+from jaxdiff.models.perceptual import load_perceptual
 from jaxdiff.sampling import Decoder, Generator, columns, sample_labels
-from jaxdiff.training.objectives import autoencoder_objective, diffusion_objective
+from jaxdiff.training.adversarial import Adversary, autoencoder_objective
+from jaxdiff.training.objectives import diffusion_objective
+from jaxdiff.training.optimizer import total_steps
 from jaxdiff.training.step import Objective
 
 GRID_IMAGES = 40  # in the grids that are logged during training
@@ -94,5 +98,16 @@ def autoencoder_experiment(config: ConfigDict, train: Source, val: Source, mesh:
         return images.grid(np.concatenate([real, fake]), count)
 
     meta = {"class_names": list(train.class_names)}
-    objective = autoencoder_objective(model, config.autoencoder.kl_weight)
+    a = config.autoencoder
+    adversary = None
+    if a.disc_weight:
+        start = round(a.disc_start * total_steps(config, len(train)))
+        adversary = Adversary(PatchDiscriminator(layers=a.disc_layers, dtype=model.dtype), a.disc_weight, start)
+    objective = autoencoder_objective(
+        model,
+        kl_weight=a.kl_weight,
+        perceptual=load_perceptual(a.lpips),
+        perceptual_weight=a.perceptual_weight,
+        adversary=adversary,
+    )
     return Experiment("autoencoder", init, objective, train, val, meta, render)

@@ -19,7 +19,7 @@ from jaxdiff.mesh import say
 from jaxdiff.training.checkpoint import MONITOR, Checkpoints
 from jaxdiff.training.experiments import Experiment
 from jaxdiff.training.logging import RunLogger, StepTimer
-from jaxdiff.training.optimizer import lr_schedule, make_optimizer
+from jaxdiff.training.optimizer import recipe_optimizer, total_steps
 from jaxdiff.training.step import TrainState, init_state, make_eval_step, make_train_step
 
 
@@ -54,11 +54,6 @@ class Result(NamedTuple):
     validation: dict[str, float]
 
 
-def total_steps(config: ConfigDict, num_images: int) -> int:
-    """Optimiser steps of a stage: `config.steps`, or those of `config.epochs` passes over `num_images`."""
-    return config.steps or max(1, round(config.epochs * num_images / config.batch_size))
-
-
 def fit(
     experiment: Experiment,
     config: ConfigDict,
@@ -73,8 +68,8 @@ def fit(
     Raises: Stopped on SIGTERM, SIGINT or at `stop_at`, with the state saved.
     """
     total = total_steps(config, len(experiment.train))
-    schedule = lr_schedule(config.lr, total, config.warmup_steps)
-    optimizer = make_optimizer(schedule, config.weight_decay, config.clip_norm)
+    optimizer, schedule = recipe_optimizer(config, total)
+    critic, frozen = experiment.objective.critic, meshes.put_replicated(experiment.objective.frozen, mesh)
     train_step = make_train_step(
         experiment.objective,
         optimizer,
@@ -84,14 +79,14 @@ def fit(
         ema_decay=config.ema_decay,
         accumulate=config.accumulate,
     )
-    validator = Validator(experiment, config, mesh)
+    validator = Validator(experiment, config, mesh, frozen)
 
     checkpoints = Checkpoints(workdir, config.keep)
     start = 0
     if checkpoints.latest is None:
-        state = init_state(experiment.init, optimizer, config.seed, mesh)
+        state = init_state(experiment.init, optimizer, config.seed, mesh, critic)
     else:
-        abstract = jax.eval_shape(lambda: init_state(experiment.init, optimizer, config.seed, mesh))
+        abstract = jax.eval_shape(lambda: init_state(experiment.init, optimizer, config.seed, mesh, critic))
         sharding = meshes.replicated(mesh)
         abstract = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), abstract)
         state, meta = checkpoints.restore(abstract)
@@ -150,10 +145,10 @@ def fit(
         for done, batch in enumerate(batches, start + 1):
             if compiled is None:  # ahead of the first step, so that no step's time has it in it
                 begin = time.monotonic()
-                compiled = train_step.lower(state, batch).compile()
+                compiled = train_step.lower(state, batch, frozen).compile()
                 say(f"{experiment.stage}: step compiled in {time.monotonic() - begin:.0f} s")
                 timer.start(start)
-            state, metrics = compiled(state, batch)
+            state, metrics = compiled(state, batch, frozen)
             # The metrics of a step are read when the next one is under way, so that the devices never wait, and no
             # more than two are, so that batches do not pile up on them.
             if pending:
@@ -195,9 +190,9 @@ def check_data(experiment: Experiment, meta: dict[str, Any]) -> None:
 class Validator:
     """Means of the losses over the validation images, with the same noise every time."""
 
-    def __init__(self, experiment: Experiment, config: ConfigDict, mesh: Mesh) -> None:
+    def __init__(self, experiment: Experiment, config: ConfigDict, mesh: Mesh, frozen: Any) -> None:
         self.last: dict[str, float] = {}
-        self._source, self._batch_size, self._mesh = experiment.val, config.batch_size, mesh
+        self._source, self._batch_size, self._mesh, self._frozen = experiment.val, config.batch_size, mesh, frozen
         self._step = make_eval_step(experiment.objective, mesh, seed=config.seed)
 
     def __call__(self, params: Any) -> dict[str, float]:
@@ -206,7 +201,7 @@ class Validator:
         batches = eval_batches(self._source, batch_size=self._batch_size, process_index=index, process_count=count)
         sums: dict[str, float] = {}
         for i, batch in enumerate(device_batches(batches, meshes.batch_sharding(self._mesh))):
-            for name, value in self._step(params, batch, jnp.int32(i)).items():
+            for name, value in self._step(params, batch, jnp.int32(i), self._frozen).items():
                 sums[name] = sums.get(name, 0.0) + float(value)
         weight = sums.pop("weight")
         self.last = {f"val_{name}": value / weight for name, value in sums.items()}

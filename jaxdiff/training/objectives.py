@@ -1,6 +1,5 @@
-"""What is minimised: the simple diffusion loss, and the autoencoder's reconstruction loss."""
+"""What a diffusion model minimises. The autoencoder's loss: adversarial.py."""
 
-import math
 from typing import Any
 
 import jax
@@ -9,8 +8,8 @@ from jaxtyping import Array, PRNGKeyArray
 
 from jaxdiff.data.latents import Whitening
 from jaxdiff.diffusion import Schedule, q_sample, sample_timesteps, simple_loss
-from jaxdiff.images import from_batch, psnr
-from jaxdiff.models import AutoencoderKL, Posterior, UNet
+from jaxdiff.images import from_batch
+from jaxdiff.models import Posterior, UNet
 from jaxdiff.training.step import Objective
 
 
@@ -36,32 +35,11 @@ def diffusion_objective(
         y = jnp.where(drop, unet.num_classes, batch["label"])
         return {"x_t": q_sample(schedule, x0, t, eps), "t": t, "eps": eps, "y": y}
 
-    def loss(params: Any, inputs: dict[str, Array], key: PRNGKeyArray | None) -> tuple[Array, dict[str, Array]]:
+    def loss(
+        params: Any, inputs: dict[str, Array], key: PRNGKeyArray | None, frozen: Any
+    ) -> tuple[Array, dict[str, Array]]:
         rngs = None if key is None else {"dropout": key}
         prediction: Any = unet.apply(params, inputs["x_t"], inputs["t"], inputs["y"], key is None, rngs=rngs)
         return simple_loss(prediction, inputs["eps"]), {}
-
-    return Objective(prepare, loss)
-
-
-def autoencoder_objective(model: AutoencoderKL, kl_weight: float) -> Objective:
-    """Mean |image - decode(z)| plus kl_weight KL(q(z | image) || N(0, I)) / values of the image.
-
-    Source: Rombach et al. 2022 (arXiv 2112.10752), section G without the perceptual and adversarial terms.
-    """
-
-    def prepare(batch: dict[str, Array], key: PRNGKeyArray) -> dict[str, Array]:
-        b, h, w, _ = batch["image"].shape
-        f = model.downsampling
-        noise = jax.random.normal(key, (b, h // f, w // f, model.latent_channels))
-        return {"image": from_batch(batch), "noise": noise}
-
-    def loss(params: Any, inputs: dict[str, Array], key: PRNGKeyArray | None) -> tuple[Array, dict[str, Array]]:
-        output: Any = model.apply(params, inputs["image"], inputs["noise"])
-        decoded, posterior = output
-        absolute = jnp.abs(decoded - inputs["image"]).mean(axis=(1, 2, 3))
-        kl = posterior.kl()
-        values = math.prod(decoded.shape[1:])
-        return absolute + kl_weight * kl / values, {"kl": kl, "psnr": psnr(decoded, inputs["image"])}
 
     return Objective(prepare, loss)

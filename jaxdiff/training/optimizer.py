@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
+from ml_collections import ConfigDict
 
 
 def lr_schedule(lr: float, total_steps: int, warmup_steps: int = 0) -> optax.Schedule:
@@ -16,9 +17,23 @@ def lr_schedule(lr: float, total_steps: int, warmup_steps: int = 0) -> optax.Sch
     return optax.join_schedules([optax.linear_schedule(0.0, lr, warmup_steps), cosine], [warmup_steps])
 
 
-def make_optimizer(schedule: optax.Schedule, weight_decay: float, clip_norm: float) -> optax.GradientTransformation:
+def total_steps(config: ConfigDict, num_images: int) -> int:
+    """Optimiser steps of a stage: `config.steps`, or those of `config.epochs` passes over `num_images`."""
+    return config.steps or max(1, round(config.epochs * num_images / config.batch_size))
+
+
+def make_optimizer(
+    schedule: optax.Schedule, weight_decay: float, clip_norm: float, betas: tuple[float, float] = (0.9, 0.999)
+) -> optax.GradientTransformation:
     """AdamW (arXiv 1711.05101) on gradients whose global norm is clipped; the decay is on all parameters."""
-    return optax.chain(optax.clip_by_global_norm(clip_norm), optax.adamw(schedule, weight_decay=weight_decay))
+    adamw = optax.adamw(schedule, *betas, weight_decay=weight_decay)
+    return optax.chain(optax.clip_by_global_norm(clip_norm), adamw)
+
+
+def recipe_optimizer(config: ConfigDict, total: int) -> tuple[optax.GradientTransformation, optax.Schedule]:
+    """The optimiser, and its learning rate by step, of the fields of `fields.recipe()` over `total` steps."""
+    schedule = lr_schedule(config.lr, total, config.warmup_steps)
+    return make_optimizer(schedule, config.weight_decay, config.clip_norm, tuple(config.adam_betas)), schedule
 
 
 def ema_update(ema: Any, params: Any, step: Int[Array, ""], decay: float) -> Any:

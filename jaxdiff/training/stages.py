@@ -18,14 +18,16 @@ from jaxdiff.config.check import require
 from jaxdiff.data import load_source
 from jaxdiff.data.latents import Encoding, encode_sources, latent_root, params_hash
 from jaxdiff.data.sources import Source
+from jaxdiff.evaluation.reconstruction import reconstruction_scores
 from jaxdiff.evaluation.scores import SCORES
+from jaxdiff.keys import named_key
 from jaxdiff.mesh import say
 from jaxdiff.sampling import Decoder, Generator, check_autoencoder, load_autoencoder, sample_labels, save_samples
 from jaxdiff.training.checkpoint import Checkpoints
 from jaxdiff.training.experiments import autoencoder_experiment, diffusion_experiment
-from jaxdiff.training.loop import Result, fit, total_steps
-from jaxdiff.training.optimizer import lr_schedule, make_optimizer
-from jaxdiff.training.step import TrainState
+from jaxdiff.training.loop import Result, fit
+from jaxdiff.training.optimizer import recipe_optimizer, total_steps
+from jaxdiff.training.step import new_state
 
 
 def run_train(config: ConfigDict, workdir: pathlib.Path, *, stop_at: int | None = None) -> dict[str, float]:
@@ -40,10 +42,7 @@ def run_train(config: ConfigDict, workdir: pathlib.Path, *, stop_at: int | None 
         files.claim_workdir(config, workdir)
     meshes.barrier("workdir")
     if config.experiment == "vae":
-        scores = fit(
-            autoencoder_experiment(config, train, val, mesh), config, workdir, mesh, stop_at=stop_at
-        ).validation
-        say(f"autoencoder: {_table(scores)}")
+        scores = _train_autoencoder(config, workdir, train, val, mesh, stop_at)
     else:
         decoder, folder, data = None, "", (train, val)
         if config.experiment == "ldm":
@@ -96,11 +95,20 @@ def _latent_stages(
             files.claim_workdir(own, folder)
         meshes.barrier("autoencoder workdir")
         if not (folder / "scores.json").exists():
-            result = fit(autoencoder_experiment(own, train, val, mesh), own, folder, mesh)
+            scores = _train_autoencoder(own, folder, train, val, mesh)
             if meshes.is_main():
-                files.write_json(folder / "scores.json", result.validation)
-            say(f"autoencoder: {_table(result.validation)}")
+                files.write_json(folder / "scores.json", scores)
     return encode_data(config, folder, train, val, mesh)
+
+
+def _train_autoencoder(
+    config: ConfigDict, workdir: pathlib.Path, train: Source, val: Source, mesh: Mesh, stop_at: int | None = None
+) -> dict[str, float]:
+    """Train the autoencoder of a configs/vae.py experiment to its end; its scores on the validation images."""
+    result = fit(autoencoder_experiment(config, train, val, mesh), config, workdir, mesh, stop_at=stop_at)
+    scores = result.validation | reconstruction_scores(build_autoencoder(config), result.state.ema, val, mesh)
+    say(f"autoencoder: {_table(scores)}  (ema weights)")
+    return scores
 
 
 def autoencoder_folder(config: ConfigDict, workdir: pathlib.Path) -> pathlib.Path:
@@ -151,15 +159,14 @@ def run_import(config: ConfigDict, workdir: pathlib.Path, params: Any) -> None:
     if meshes.is_main():
         files.claim_workdir(config, workdir)
     meshes.barrier("imported")
-    params = meshes.put_replicated(params, mesh)
-    schedule = lr_schedule(config.lr, total_steps(config, len(train)), config.warmup_steps)
-    optimizer = make_optimizer(schedule, config.weight_decay, config.clip_norm)
-    opt_state = jax.jit(optimizer.init, out_shardings=meshes.replicated(mesh))(params)
-    step = meshes.put_replicated(np.zeros((), np.int32), mesh)
-    meta = autoencoder_experiment(config, train, val, mesh).meta
+    experiment = autoencoder_experiment(config, train, val, mesh)
+    optimizer, _ = recipe_optimizer(config, total_steps(config, len(train)))
+    create = functools.partial(new_state, optimizer=optimizer, critic=experiment.objective.critic)
+    key = named_key(config.seed, "init")
+    state = jax.jit(create, out_shardings=meshes.replicated(mesh))(meshes.put_replicated(params, mesh), key=key)
     checkpoints = Checkpoints(workdir, config.keep)
     position = {"batches": 0, "images": len(train)}
-    checkpoints.save(TrainState(step, params, params, opt_state), {**meta, "data": position})
+    checkpoints.save(state, {**experiment.meta, "data": position})
     checkpoints.close()
 
 

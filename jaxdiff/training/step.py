@@ -19,35 +19,66 @@ Metrics = dict[str, Float[Array, " batch"]]
 
 
 class TrainState(NamedTuple):
-    """All that a run carries from step to step; replicated, float32 parameters."""
+    """All that a run carries from step to step; replicated, float32 parameters. The critic's are () without one."""
 
     step: Int[Array, ""]
     params: Params
     ema: Params
     opt_state: optax.OptState
+    critic: Params = ()
+    critic_opt_state: optax.OptState = ()
+
+
+class Critic(NamedTuple):
+    """Parameters that the loss itself has, trained in the same step by an optimiser of their own.
+
+    init: key -> parameters. gradient: (params, critic, prepared, step, frozen) -> the gradients for both, and metrics.
+    """
+
+    init: Callable[[PRNGKeyArray], Params]
+    gradient: Callable[
+        [Params, Params, Batch, Int[Array, ""], Any], tuple[tuple[Params, Params], dict[str, Float[Array, ""]]]
+    ]
 
 
 class Objective(NamedTuple):
     """What is minimised, in two parts, so that a batch can be computed in pieces with the same draws.
 
     `prepare(batch, key)` makes all random draws and returns arrays with the batch axis first; `loss(params, prepared,
-    dropout_key)` returns per-sample losses [B] and per-sample metrics; no dropout when its key is None.
+    dropout_key, frozen)` returns per-sample losses [B] and per-sample metrics; its key is None in evaluation: no
+    dropout. `frozen` are parameters of other networks that it uses. With a `critic`, training takes its gradient.
     """
 
     prepare: Callable[[Batch, PRNGKeyArray], Batch]
-    loss: Callable[[Params, Batch, PRNGKeyArray | None], tuple[Float[Array, " batch"], Metrics]]
+    loss: Callable[[Params, Batch, PRNGKeyArray | None, Any], tuple[Float[Array, " batch"], Metrics]]
+    frozen: Any = ()
+    critic: Critic | None = None
 
 
 def init_state(
-    init: Callable[[PRNGKeyArray], Params], optimizer: optax.GradientTransformation, seed: int, mesh: Mesh
+    init: Callable[[PRNGKeyArray], Params],
+    optimizer: optax.GradientTransformation,
+    seed: int,
+    mesh: Mesh,
+    critic: Critic | None = None,
 ) -> TrainState:
-    """State of step 0, the average equal to the parameters."""
+    """State of step 0, on all devices."""
 
     def create(key: PRNGKeyArray) -> TrainState:
-        params = init(key)
-        return TrainState(jnp.zeros((), jnp.int32), params, jax.tree.map(jnp.copy, params), optimizer.init(params))
+        return new_state(init(key), optimizer, key, critic)
 
     return jax.jit(create, out_shardings=replicated(mesh))(named_key(seed, "init"))
+
+
+def new_state(
+    params: Params, optimizer: optax.GradientTransformation, key: PRNGKeyArray, critic: Critic | None = None
+) -> TrainState:
+    """State of step 0 with these parameters, the average equal to them; `key` is for the critic's."""
+    state = TrainState(jnp.zeros((), jnp.int32), params, jax.tree.map(jnp.copy, params), optimizer.init(params))
+    if critic:
+        inner = critic.init(jax.random.fold_in(key, 1))
+        state = state._replace(critic=inner, critic_opt_state=optimizer.init(inner))
+    return state
 
 
 def make_train_step(
@@ -60,64 +91,72 @@ def make_train_step(
     ema_decay: float,
     accumulate: int = 1,
 ) -> jax.stages.Wrapped:
-    """Jitted (state, batch) -> (state, metrics); the state is donated, the batch split over the mesh.
+    """Jitted (state, batch, frozen) -> (state, metrics); the state is donated, the batch split over the mesh.
 
     Metrics are means over the global batch, with "loss", "lr" and "grad_norm" (before clipping) among them. With
-    `accumulate` parts the gradient is the same mean, computed part by part, in 1/accumulate of the memory.
+    `accumulate` parts the gradient is the same mean, computed part by part, in 1/accumulate of the memory. `frozen` is
+    that of the objective.
     """
     root, dropout_root = named_key(seed, "train"), named_key(seed, "dropout")
 
-    def mean_loss(params: Params, inputs: Batch, key: PRNGKeyArray) -> tuple[Array, dict[str, Array]]:
-        loss, metrics = objective.loss(params, inputs, key)
+    def mean_loss(params: Params, inputs: Batch, key: PRNGKeyArray, frozen: Any) -> tuple[Array, dict[str, Array]]:
+        loss, metrics = objective.loss(params, inputs, key, frozen)
         metrics = {"loss": loss, **metrics}
         return loss.mean(), {name: value.mean() for name, value in metrics.items()}
 
-    def gradient(params: Params, inputs: Batch, key: PRNGKeyArray) -> tuple[Params, dict[str, Array]]:
-        grads, metrics = jax.grad(mean_loss, has_aux=True)(params, inputs, key)
-        return grads, metrics
+    def gradient(state: TrainState, inputs: Batch, key: PRNGKeyArray, frozen: Any) -> tuple[Any, dict[str, Array]]:
+        if objective.critic:
+            return objective.critic.gradient(state.params, state.critic, inputs, state.step, frozen)
+        grads, metrics = jax.grad(mean_loss, has_aux=True)(state.params, inputs, key, frozen)
+        return (grads, ()), metrics
 
-    def accumulated(params: Params, inputs: Batch, key: PRNGKeyArray) -> tuple[Params, dict[str, Array]]:
+    def accumulated(state: TrainState, inputs: Batch, key: PRNGKeyArray, frozen: Any) -> tuple[Any, dict[str, Array]]:
         # Part i takes rows i, i + A, i + 2A, ...: each device cuts its own rows, nothing moves between them.
         parts = jax.tree.map(lambda x: x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1), inputs)
 
         def add(total: Any, part: tuple[Array, Batch]) -> tuple[Any, None]:
             index, piece = part
-            one = gradient(params, piece, jax.random.fold_in(key, index))
+            one = gradient(state, piece, jax.random.fold_in(key, index), frozen)
             return jax.tree.map(lambda a, b: a + b / accumulate, total, one), None
 
         piece = jax.tree.map(lambda x: x[0], parts)
-        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(gradient, params, piece, key))
+        shapes = jax.eval_shape(gradient, state, piece, key, frozen)
+        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
         return jax.lax.scan(add, zeros, (jnp.arange(accumulate), parts))[0]
 
-    def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
+    def step(state: TrainState, batch: Batch, frozen: Any) -> tuple[TrainState, dict[str, Array]]:
         inputs = objective.prepare(batch, jax.random.fold_in(root, state.step))
         key = jax.random.fold_in(dropout_root, state.step)
-        grads, metrics = (accumulated if accumulate > 1 else gradient)(state.params, inputs, key)
+        (grads, critic_grads), metrics = (accumulated if accumulate > 1 else gradient)(state, inputs, key, frozen)
+        metrics |= {"lr": jnp.asarray(schedule(state.step)), "grad_norm": optax.tree.norm(grads)}
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        metrics |= {"lr": jnp.asarray(schedule(state.step)), "grad_norm": optax.tree.norm(grads)}
         ema = ema_update(state.ema, params, state.step, ema_decay)
-        return TrainState(state.step + 1, params, ema, opt_state), metrics
+        state = state._replace(step=state.step + 1, params=params, ema=ema, opt_state=opt_state)
+        if objective.critic:
+            updates, opt_state = optimizer.update(critic_grads, state.critic_opt_state, state.critic)
+            state = state._replace(critic=optax.apply_updates(state.critic, updates), critic_opt_state=opt_state)
+        return state, metrics
 
     whole, split = replicated(mesh), batch_sharding(mesh)
-    return jax.jit(step, in_shardings=(whole, split), out_shardings=(whole, whole), donate_argnums=0)
+    return jax.jit(step, in_shardings=(whole, split, whole), out_shardings=(whole, whole), donate_argnums=0)
 
 
 def make_eval_step(
     objective: Objective, mesh: Mesh, *, seed: int
-) -> Callable[[Params, Batch, Int[Array, ""]], dict[str, Array]]:
-    """Jitted (params, batch, index) -> weighted sums of the per-sample loss and metrics, and "weight", their divisor.
+) -> Callable[[Params, Batch, Int[Array, ""], Any], dict[str, Array]]:
+    """Jitted (params, batch, index, frozen) -> weighted sums of the loss and metrics of samples; their sum is "weight".
 
     The draws are a function of (seed, index): every evaluation sees the same noise.
     """
     root = named_key(seed, "eval")
 
-    def step(params: Params, batch: Batch, index: Int[Array, ""]) -> dict[str, Array]:
+    def step(params: Params, batch: Batch, index: Int[Array, ""], frozen: Any) -> dict[str, Array]:
         weight = batch["weight"]
         inputs = objective.prepare(batch, jax.random.fold_in(root, index))
-        loss, metrics = objective.loss(params, inputs, None)
+        loss, metrics = objective.loss(params, inputs, None, frozen)
         values = {"loss": loss, **metrics, "weight": jnp.ones_like(loss)}
         return {name: (value * weight).sum() for name, value in values.items()}
 
     whole, split = replicated(mesh), batch_sharding(mesh)
-    return jax.jit(step, in_shardings=(whole, split, whole), out_shardings=whole)
+    return jax.jit(step, in_shardings=(whole, split, whole, whole), out_shardings=whole)

@@ -147,11 +147,15 @@ def test_whose_a_workdir_is(tmp_path):
 
 def test_a_workdir_of_an_earlier_version(tmp_path):
     config = config_of("ldm")
+    config.autoencoder.norm_groups = 32
     files.claim_workdir(config, tmp_path)
     old = json.loads((tmp_path / "config.json").read_text())
     for field in files.ADDED_FIELDS:
-        group, name = field.split(".")
-        del old[group][name]
+        *parts, name = field.split(".")
+        group = old
+        for part in parts:
+            group = group[part]
+        del group[name]
     (tmp_path / "config.json").write_text(json.dumps(old))
     assert files.load(tmp_path / "config.json") == config
     files.check_workdir(config, tmp_path)

@@ -29,7 +29,7 @@ def prepare(batch, key):
     return {"x": batch["x"], "target": batch["x"].sum(-1) + jax.random.normal(key, batch["x"].shape[:1])}
 
 
-def loss(params, inputs, key):
+def loss(params, inputs, key, frozen):
     error = jnp.square(inputs["x"] @ params["w"] - inputs["target"])
     return error, {"target": inputs["target"]}
 
@@ -45,7 +45,7 @@ def toy_run(devices=1, accumulate=1, steps=3, lr=0.1, clip_norm=1.0, ema_decay=0
     states, metrics = [jax.tree.map(np.asarray, state)], []
     for k in range(steps):
         batch = {"x": np.random.default_rng(k).standard_normal((BATCH, 3)).astype(np.float32)}
-        state, one = step(state, meshes.put_batch(batch, mesh))
+        state, one = step(state, meshes.put_batch(batch, mesh), ())
         states.append(jax.tree.map(np.asarray, state))
         metrics.append({name: float(value) for name, value in one.items()})
     return states, metrics
@@ -100,7 +100,7 @@ def test_state_counts_its_steps_and_is_donated():
     optimizer = optax.sgd(0.1)
     state = init_state(lambda key: {"w": jnp.ones(3)}, optimizer, 0, mesh)
     step = make_train_step(Objective(prepare, loss), optimizer, lambda n: 0.1, mesh, seed=0, ema_decay=0.5)
-    new, _ = step(state, meshes.put_batch({"x": np.ones((4, 3), np.float32)}, mesh))
+    new, _ = step(state, meshes.put_batch({"x": np.ones((4, 3), np.float32)}, mesh), ())
     assert int(new.step) == 1 and state.params["w"].is_deleted()
     assert new.params["w"].sharding.is_fully_replicated
 
@@ -120,7 +120,7 @@ def test_evaluation_leaves_out_rows_of_weight_zero_and_repeats_its_draws():
 
     def run(weight, index, x=x):
         batch = meshes.put_batch({"x": x, "weight": np.array(weight, np.float32)}, mesh)
-        return {k: float(v) for k, v in step(params, batch, jnp.int32(index)).items()}
+        return {k: float(v) for k, v in step(params, batch, jnp.int32(index), ()).items()}
 
     full, part = run([1, 1, 1, 1], 0), run([1, 1, 1, 0], 0)
     changed = run([1, 1, 1, 0], 0, np.concatenate([x[:3], x[3:] + 100]))
@@ -145,7 +145,7 @@ def unet_run(tiny, devices, start=None):
     for k in range(3):
         rng = np.random.default_rng(k)
         image, label = rng.integers(0, 256, (BATCH, 8, 8, 3), np.uint8), rng.integers(0, 10, BATCH, np.int32)
-        state, one_step = step(state, meshes.put_batch({"image": image, "label": label}, mesh))
+        state, one_step = step(state, meshes.put_batch({"image": image, "label": label}, mesh), ())
         metrics.append({name: float(value) for name, value in one_step.items()})
     return start, metrics, jax.tree.map(np.asarray, state.params), jax.tree.map(np.asarray, state.ema)
 
