@@ -94,13 +94,13 @@ def apply(params: dict[str, Any], image: Float[Array, "batch h w 3"], dtype: Any
         if i in TAPS:
             maps.append(x.astype(jnp.float32))
     features = _relu6(_conv(params["head"], x)).astype(jnp.float32).mean(axis=(1, 2))
-    return Outputs(maps, features, features @ params["fc"].kernel + params["fc"].bias)
+    return Outputs(maps, features, features @ params["fc"].kernel + params["fc"].bias[None])
 
 
 def _conv(conv: Conv, x: Array, stride: int = 1) -> Array:
     kernel, numbers = jnp.asarray(conv.kernel, x.dtype), ("NHWC", "HWIO", "NHWC")
     y = lax.conv_general_dilated(x, kernel, (stride, stride), "SAME", dimension_numbers=numbers)
-    return y + jnp.asarray(conv.bias, x.dtype)
+    return y + per_channel(conv.bias, x.dtype)
 
 
 def _depthwise(conv: Conv, x: Array, stride: int) -> Array:
@@ -109,12 +109,17 @@ def _depthwise(conv: Conv, x: Array, stride: int) -> Array:
     out_height, out_width = -(-height // stride), -(-width // stride)
     extra = [max(0, (out - 1) * stride + k - n) for out, n in ((out_height, height), (out_width, width))]
     x = jnp.pad(x, [(0, 0), *((n // 2, n - n // 2) for n in extra), (0, 0)])
-    y = jnp.asarray(conv.bias, jnp.float32)
+    y = per_channel(conv.bias, jnp.float32)
     for i, row in enumerate(conv.kernel[:, :, 0]):
         for j, weight in enumerate(row):
             end = (b, i + (out_height - 1) * stride + 1, j + (out_width - 1) * stride + 1, c)
-            y = y + lax.slice(x, (0, i, j, 0), end, (1, stride, stride, 1)) * jnp.asarray(weight, jnp.float32)
+            y = y + lax.slice(x, (0, i, j, 0), end, (1, stride, stride, 1)) * per_channel(weight, jnp.float32)
     return y.astype(x.dtype)
+
+
+def per_channel(values: Any, dtype: Any) -> Float[Array, "1 1 1 c"]:
+    """Numbers for the channels of maps."""
+    return jnp.asarray(values, dtype).reshape(1, 1, 1, -1)
 
 
 def _relu6(x: Array) -> Array:

@@ -66,7 +66,7 @@ def load_lpips(path: pathlib.Path) -> dict[str, Any]:
 def lpips_distance(params: dict[str, Any], a: Images, b: Images, dtype: Dtype = jnp.float32) -> Float[Array, " batch"]:
     """LPIPS v0.1 of images in [-1, 1]: sum over five maps of the mean over positions of sum_c w_c (a_c - b_c)^2,
     with a, b the maps at unit length. Source: Zhang et al. 2018 (arXiv 1801.03924), eq. 1."""
-    mean, std = jnp.array(LPIPS_MEAN, jnp.float32), jnp.array(LPIPS_STD, jnp.float32)
+    mean, std = (efficientnet.per_channel(values, jnp.float32) for values in (LPIPS_MEAN, LPIPS_STD))
     maps = [_vgg_maps(params["convs"], ((x - mean) / std).astype(dtype)) for x in (a, b)]
     return sum((_compare(x, y, w) for x, y, w in zip(*maps, params["lins"], strict=True)), jnp.zeros(len(a)))
 
@@ -84,7 +84,7 @@ def _compare(a: Array, b: Array, weight: Any) -> Float[Array, " batch"]:
     def unit(x: Array) -> Array:
         return x / (jnp.sqrt(jnp.square(x).sum(-1, keepdims=True) + 1e-12) + 1e-10)
 
-    return (jnp.square(unit(a) - unit(b)) * weight).sum(-1).mean((1, 2))
+    return (jnp.square(unit(a) - unit(b)) * efficientnet.per_channel(weight, a.dtype)).sum(-1).mean((1, 2))
 
 
 def _vgg_maps(convs: list[list[efficientnet.Conv]], x: Array) -> list[Array]:
@@ -95,6 +95,6 @@ def _vgg_maps(convs: list[list[efficientnet.Conv]], x: Array) -> list[Array]:
         for conv in part:
             kernel = jnp.asarray(conv.kernel, x.dtype)
             x = lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
-            x = jnp.maximum(x + jnp.asarray(conv.bias, x.dtype), 0)
+            x = jnp.maximum(x + efficientnet.per_channel(conv.bias, x.dtype), 0)
         maps.append(x.astype(jnp.float32))
     return maps

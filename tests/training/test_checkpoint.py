@@ -47,6 +47,24 @@ def test_everything_comes_back(tmp_path):
     checkpoints.close()
 
 
+def test_the_critic_comes_back_too(tmp_path):
+    state = state_at(10)
+    critic = {"discriminator": {"w": jnp.arange(3.0)}, "logvar": jnp.float32(-1)}
+    optimizer = make_optimizer(lambda n: 1e-3, 0.0, 1.0)
+    state = state._replace(
+        **meshes.put_replicated({"critic": critic, "critic_opt_state": optimizer.init(critic)}, meshes.make_mesh())
+    )
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    checkpoints.save(state, {})
+    checkpoints.wait()
+    got, _ = checkpoints.restore(abstract(state))
+    jax.tree.map(np.testing.assert_array_equal, got, state)
+    assert jax.tree.structure(got) == jax.tree.structure(state)
+    # Sampling and encoding read the averaged parameters alone.
+    np.testing.assert_array_equal(checkpoints.restore_params(abstract(state.ema), None, "ema")["w"], state.ema["w"])
+    checkpoints.close()
+
+
 def test_restores_onto_other_devices(tmp_path):
     save_all(tmp_path, {10: 1.0})
     one = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[3:4])
