@@ -1,7 +1,6 @@
-"""Images from a checkpoint: the compiled sampler, labels, and the files that hold the result."""
+"""Images from a checkpoint: the compiled sampler, and --mode=sample."""
 
 import pathlib
-import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, cast
 
@@ -20,9 +19,8 @@ from jaxdiff.config.check import require
 from jaxdiff.data.latents import Whitening
 from jaxdiff.errors import ConfigError
 from jaxdiff.keys import named_key
+from jaxdiff.samples import sample_labels, save_samples
 from jaxdiff.training.checkpoint import Checkpoints
-
-WORDNET_ID = re.compile(r"^n\d{8}[_ -]")  # class folders are called n01558993_robin as well as robin
 
 
 class Decoder(NamedTuple):
@@ -128,31 +126,6 @@ class Generator:
         return images.to_uint8(x)
 
 
-def sample_labels(settings: ConfigDict, class_names: Sequence[str]) -> Int[np.ndarray, " num"]:
-    """Labels of images 0..num-1: the classes of `settings.classes` (names or numbers; empty = all), repeated in turn.
-
-    Raises: ConfigError naming the class that there is not.
-    """
-    names = list(class_names)
-    chosen = []
-    for word in filter(None, (part.strip() for part in settings.classes.split(","))):
-        found = [k for k, name in enumerate(names) if word in (name, WORDNET_ID.sub("", name))]
-        if len(found) == 1 or word in names:
-            chosen.append(names.index(word) if word in names else found[0])
-        else:
-            some = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
-            known = word.isdecimal() and int(word) < len(names)
-            require(known, "sample.classes", word, f"a number in 0..{len(names) - 1} or one of the names {some}")
-            chosen.append(int(word))
-    return np.resize(np.array(chosen or range(len(names)), np.int32), settings.num)
-
-
-def columns(labels: Int[np.ndarray, " n"]) -> int:
-    """Columns of a grid: a class to each where there are at most 20 in turn, else 10."""
-    period = len(np.unique(labels))
-    return min(len(labels), period if 1 < period <= 20 else 10)
-
-
 def check_autoencoder(config: ConfigDict, folder: pathlib.Path) -> None:
     """ConfigError when `folder` is no workdir of configs/vae.py, or has another architecture than the config."""
     path = folder / "config.json"
@@ -199,23 +172,3 @@ def run_sample(config: ConfigDict, workdir: pathlib.Path, step: int | None) -> p
     name = f"step{step}-{s.weights}-{s.sampler}{s.steps}-w{s.guidance:g}-seed{s.seed}"
     path = workdir / "samples" / name
     return save_samples(path, samples, labels, s) if meshes.is_main() else path.with_name(name + ".png")
-
-
-def save_samples(
-    path: pathlib.Path, samples: UInt8[np.ndarray, "n h w 3"], labels: Int[np.ndarray, " n"], settings: ConfigDict
-) -> pathlib.Path:
-    """Write the grid `path`.png, the config fields `sample` as `path`.json, and the images in `settings.format`:
-    `path`.npz (arr_0 images, arr_1 labels) or a folder `path` of PNGs.
-
-    Names that are taken get a number, so that nothing is overwritten. Returns the path of the grid.
-    """
-    sheet = images.fresh_path(path.with_name(path.name + ".png"))
-    images.save_png(sheet, images.grid(samples, columns(labels)))
-    base = sheet.with_suffix("")
-    files.write_json(base.with_name(base.name + ".json"), settings.to_dict())
-    if settings.format == "npz":
-        np.savez(base.with_name(base.name + ".npz"), arr_0=samples, arr_1=labels)
-    else:
-        for k, (image, label) in enumerate(zip(samples, labels, strict=True)):
-            images.save_png(base / f"{k:06d}-class{label}.png", image)
-    return sheet

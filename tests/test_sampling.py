@@ -8,7 +8,8 @@ import pytest
 
 from jaxdiff import images
 from jaxdiff.errors import ConfigError
-from jaxdiff.sampling import Generator, columns, sample_labels, save_samples
+from jaxdiff.samples import columns, sample_labels, save_samples
+from jaxdiff.sampling import Generator
 
 NAMES = ["cat", "dog", "7"]
 

@@ -16,7 +16,8 @@ from jaxdiff.build import build_autoencoder
 from jaxdiff.data import Source
 from jaxdiff.models.discriminator import PatchDiscriminator
 from jaxdiff.models.perceptual import load_perceptual
-from jaxdiff.sampling import Decoder, Generator, columns, sample_labels
+from jaxdiff.samples import columns, sample_labels
+from jaxdiff.sampling import Decoder, Generator
 from jaxdiff.training.adversarial import Adversary, autoencoder_objective
 from jaxdiff.training.objectives import diffusion_objective
 from jaxdiff.training.optimizer import total_steps

@@ -22,7 +22,8 @@ from jaxdiff.evaluation.reconstruction import reconstruction_scores
 from jaxdiff.evaluation.scores import SCORES
 from jaxdiff.keys import named_key
 from jaxdiff.mesh import say
-from jaxdiff.sampling import Decoder, Generator, check_autoencoder, load_autoencoder, sample_labels, save_samples
+from jaxdiff.samples import sample_labels, save_samples
+from jaxdiff.sampling import Decoder, Generator, check_autoencoder, load_autoencoder
 from jaxdiff.training.checkpoint import Checkpoints
 from jaxdiff.training.experiments import autoencoder_experiment, diffusion_experiment
 from jaxdiff.training.loop import Result, fit

@@ -1,0 +1,60 @@
+"""Samples on the host: which labels they have, and the files that hold them."""
+
+import pathlib
+import re
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Int, UInt8
+from ml_collections import ConfigDict
+
+from jaxdiff import images
+from jaxdiff.config import files
+from jaxdiff.config.check import require
+
+WORDNET_ID = re.compile(r"^n\d{8}[_ -]")  # class folders are called n01558993_robin as well as robin
+
+
+def sample_labels(settings: ConfigDict, class_names: Sequence[str]) -> Int[np.ndarray, " num"]:
+    """Labels of images 0..num-1: the classes of `settings.classes` (names or numbers; empty = all), repeated in turn.
+
+    Raises: ConfigError naming the class that there is not.
+    """
+    names = list(class_names)
+    chosen = []
+    for word in filter(None, (part.strip() for part in settings.classes.split(","))):
+        found = [k for k, name in enumerate(names) if word in (name, WORDNET_ID.sub("", name))]
+        if len(found) == 1 or word in names:
+            chosen.append(names.index(word) if word in names else found[0])
+        else:
+            some = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
+            known = word.isdecimal() and int(word) < len(names)
+            require(known, "sample.classes", word, f"a number in 0..{len(names) - 1} or one of the names {some}")
+            chosen.append(int(word))
+    return np.resize(np.array(chosen or range(len(names)), np.int32), settings.num)
+
+
+def columns(labels: Int[np.ndarray, " n"]) -> int:
+    """Columns of a grid: a class to each where there are at most 20 in turn, else 10."""
+    period = len(np.unique(labels))
+    return min(len(labels), period if 1 < period <= 20 else 10)
+
+
+def save_samples(
+    path: pathlib.Path, samples: UInt8[np.ndarray, "n h w 3"], labels: Int[np.ndarray, " n"], settings: ConfigDict
+) -> pathlib.Path:
+    """Write the grid `path`.png, the config fields `sample` as `path`.json, and the images in `settings.format`:
+    `path`.npz (arr_0 images, arr_1 labels) or a folder `path` of PNGs.
+
+    Names that are taken get a number, so that nothing is overwritten. Returns the path of the grid.
+    """
+    sheet = images.fresh_path(path.with_name(path.name + ".png"))
+    images.save_png(sheet, images.grid(samples, columns(labels)))
+    base = sheet.with_suffix("")
+    files.write_json(base.with_name(base.name + ".json"), settings.to_dict())
+    if settings.format == "npz":
+        np.savez(base.with_name(base.name + ".npz"), arr_0=samples, arr_1=labels)
+    else:
+        for k, (image, label) in enumerate(zip(samples, labels, strict=True)):
+            images.save_png(base / f"{k:06d}-class{label}.png", image)
+    return sheet
