@@ -16,6 +16,7 @@ from jaxdiff import mesh as meshes
 from jaxdiff.build import ARCHITECTURE, build_autoencoder, build_schedule, build_unet
 from jaxdiff.config import files
 from jaxdiff.config.check import require
+from jaxdiff.config.fields import guidance_weights
 from jaxdiff.data.latents import Whitening
 from jaxdiff.errors import ConfigError
 from jaxdiff.keys import named_key
@@ -68,27 +69,35 @@ class Generator:
     def __call__(
         self, params: Any, settings: ConfigDict, labels: Int[np.ndarray, " n"]
     ) -> UInt8[np.ndarray, "n h w 3"]:
-        """Images 0..n-1 of the classes `labels`, as the config fields `sample` in `settings` say."""
+        """Images 0..n-1 of the classes `labels`, as the config fields `sample` in `settings` say, at one weight."""
+        (samples,) = self.sweep(params, settings, labels)
+        return samples
+
+    def sweep(
+        self, params: Any, settings: ConfigDict, labels: Int[np.ndarray, " n"]
+    ) -> UInt8[np.ndarray, "weights n h w 3"]:
+        """The same images at every weight of `settings.guidance`, from the same noise and by one program."""
         plan = diffusion.make_plan(
             self.schedule, settings.sampler, steps=settings.steps, spacing=settings.spacing, eta=settings.eta
         )
         key = named_key(settings.seed, "sample")
+        weights, n = guidance_weights(settings), len(labels)
+        rows = {
+            "index": np.tile(np.arange(n, dtype=np.int32), len(weights)),
+            "label": np.tile(np.asarray(labels, np.int32), len(weights)),
+            "guidance": np.repeat(np.array(weights, np.float32), n),
+        }
         # Every batch has the same size, so that there is one program and image k does not depend on n.
         size = -(-settings.batch_size // self.mesh.size) * self.mesh.size
+        rows = {name: np.pad(row, (0, -len(row) % size), mode="edge") for name, row in rows.items()}
+        flags = {"guided": any(weights), "limited": bool(settings.guidance_interval), "clip": settings.clip}
+        options = (tuple(settings.guidance_interval) or (0, 0), settings.guidance_rescale)
         out = []
-        for first in range(0, len(labels), size):
-            indices = np.arange(first, first + size)
-            rows = {
-                "index": indices.astype(np.int32),
-                "label": np.asarray(labels)[np.minimum(indices, len(labels) - 1)].astype(np.int32),
-                "guidance": np.full(size, settings.guidance, np.float32),
-            }
-            rows = meshes.put_batch(rows, self.mesh)
-            limited = bool(settings.guidance_interval)
-            flags = {"guided": settings.guidance != 0, "limited": limited, "clip": settings.clip}
-            options = (tuple(settings.guidance_interval) or (0, 0), settings.guidance_rescale)
-            out.append(meshes.to_host(self._run(params, self.decoder_params, plan, key, rows, *options, **flags)))
-        return np.concatenate(out)[: len(labels)]
+        for first in range(0, len(rows["index"]), size):
+            batch = meshes.put_batch({name: row[first : first + size] for name, row in rows.items()}, self.mesh)
+            out.append(meshes.to_host(self._run(params, self.decoder_params, plan, key, batch, *options, **flags)))
+        samples = np.concatenate(out)[: len(weights) * n]
+        return samples.reshape(len(weights), n, *samples.shape[1:])
 
     def _draw(
         self,
@@ -154,21 +163,25 @@ def load_autoencoder(config: ConfigDict, folder: pathlib.Path, mesh: Mesh, step:
     return params
 
 
-def run_sample(config: ConfigDict, workdir: pathlib.Path, step: int | None) -> pathlib.Path:
-    """--mode=sample: draw images with the newest (or given) checkpoint of a workdir; the path of the grid written."""
-    mesh = meshes.make_mesh()
+def run_sample(config: ConfigDict, workdir: pathlib.Path, step: int | None) -> list[pathlib.Path]:
+    """--mode=sample: draw images with the newest (or given) checkpoint of a workdir, and write a grid a weight.
+
+    Returns: the paths of the grids.
+    """
+    mesh, s = meshes.make_mesh(), config.sample
     checkpoints = Checkpoints(workdir)
     step = checkpoints.pick(step)
     meta = checkpoints.meta(step)
-    labels = sample_labels(config.sample, meta["class_names"])
+    labels = sample_labels(s, meta["class_names"])
     decoder = None
     if config.experiment == "ldm":
         decoder = Decoder(load_autoencoder(config, workdir / meta["autoencoder"], mesh), Whitening(**meta["whitening"]))
     generator = Generator(config, meta["shape"], len(meta["class_names"]), mesh, decoder)
-    params = checkpoints.restore_params(generator.abstract_params(), step, config.sample.weights)
+    params = checkpoints.restore_params(generator.abstract_params(), step, s.weights)
     checkpoints.close()
-    samples = generator(params, config.sample, labels)
-    s = config.sample
-    name = f"step{step}-{s.weights}-{s.sampler}{s.steps}-w{s.guidance:g}-seed{s.seed}"
-    path = workdir / "samples" / name
-    return save_samples(path, samples, labels, s) if meshes.is_main() else path.with_name(name + ".png")
+    sheets = []
+    for w, samples in zip(guidance_weights(s), generator.sweep(params, s, labels), strict=True):
+        path = workdir / "samples" / f"step{step}-{s.weights}-{s.sampler}{s.steps}-w{w:g}-seed{s.seed}"
+        if meshes.is_main():
+            sheets.append(save_samples(path, samples, labels, ConfigDict({**s.to_dict(), "guidance": w})))
+    return sheets

@@ -114,4 +114,5 @@ def sample(workdir: pathlib.Path, named: str | None, overrides: dict[str, Any], 
     config.update_from_flattened_dict(overrides)
     start()
     check.validate_sample(config)
-    meshes.say(f"sample grid: {run_sample(config, workdir, step)}")
+    for sheet in run_sample(config, workdir, step):
+        meshes.say(f"sample grid: {sheet}")

@@ -5,6 +5,7 @@ import json
 import jax
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
 from jaxdiff import images
 from jaxdiff.errors import ConfigError
@@ -84,10 +85,12 @@ def params(generator):
     return jax.tree.unflatten(structure, [rng.normal(0, 0.2, leaf.shape).astype(np.float32) for leaf in leaves])
 
 
+def changed(config, **settings):
+    return ConfigDict({**config.sample.to_dict(), **settings})
+
+
 def draw(generator, params, config, labels, **settings):
-    changed = config.sample.copy_and_resolve_references()
-    changed.update(settings)
-    return generator(params, changed, np.asarray(labels))
+    return generator(params, changed(config, **settings), np.asarray(labels))
 
 
 def test_one_program_for_all_steps_weights_samplers_and_spacings(generator, params, config):
@@ -146,6 +149,19 @@ def test_guidance_in_an_interval(generator, params, config):
     assert (some != everywhere).any() and (some != plain).any()
     rescaled = draw(generator, params, config, labels, guidance_rescale=0.7, **settings)
     assert (rescaled != everywhere).any() and generator._run._cache_size() == programs + 1
+
+
+def test_a_sweep_is_one_program_and_the_runs_at_each_weight(config, params):
+    """All weights stand in one batch of 16 here, that without guidance among them."""
+    generator = Generator(config, (8, 8, 3), 10, mesh_of(8))
+    labels, weights = np.arange(4), (0.0, 1.5, 2, 3.0)
+    swept = generator.sweep(params, changed(config, guidance=weights), labels)
+    assert swept.shape == (4, 4, 8, 8, 3) and generator._run._cache_size() == 1
+    in_pieces = generator.sweep(params, changed(config, guidance=weights, batch_size=8), labels)
+    for w, samples, again in zip(weights, swept, in_pieces, strict=True):
+        alone = draw(generator, params, config, labels, guidance=w)
+        assert np.abs(samples.astype(int) - alone).max() <= 1 and np.abs(again.astype(int) - alone).max() <= 1
+        assert w == 0 or (samples != swept[0]).any(axis=(1, 2, 3)).all()
 
 
 def test_pixels_there_and_back():

@@ -1,11 +1,13 @@
 """The check of a config before anything compiles."""
 
 import difflib
+import math
 from collections.abc import Collection
 from typing import Any
 
 from ml_collections import ConfigDict
 
+from jaxdiff.config.fields import guidance_weights
 from jaxdiff.data.sources import SOURCES
 from jaxdiff.diffusion import SAMPLERS, SCHEDULES, SPACINGS
 from jaxdiff.errors import ConfigError
@@ -56,6 +58,8 @@ def validate(config: ConfigDict, num_devices: int) -> None:
         _validate_unet(config, size, name)
         _validate_diffusion(config)
         validate_sample(config)
+        one = isinstance(config.sample.guidance, int | float)
+        require(one, "sample.guidance", config.sample.guidance, "one number, but for --mode=sample")
         for score in config.eval.scores:
             require(score in SCORES, "eval.scores", score, f"among {', '.join(SCORES)}")
 
@@ -160,8 +164,12 @@ def validate_sample(config: ConfigDict) -> None:
     require(1 <= s.steps <= d.num_steps, "sample.steps", s.steps, f"in 1..{d.num_steps} (diffusion.num_steps)")
     require(0 <= s.eta <= 1, "sample.eta", s.eta, "in [0, 1]")
     require(s.eta == 0 or s.sampler == "ddim", "sample.eta", s.eta, f"0 with sample.sampler = {s.sampler!r}")
-    require(s.guidance >= 0, "sample.guidance", s.guidance, "at least 0 (w in (1+w) cond - w uncond)")
-    trained = s.guidance == 0 or d.label_dropout > 0
+    weights = guidance_weights(s)
+    numbers = all(type(w) in (int, float) and 0 <= w < math.inf for w in weights)
+    allowed = "a number, or several as in (0.,1.5), at least 0 (w in (1+w) cond - w uncond)"
+    require(len(weights) > 0 and numbers, "sample.guidance", s.guidance, allowed)
+    guided = max(weights) > 0
+    trained = not guided or d.label_dropout > 0
     require(
         trained,
         "sample.guidance",
@@ -174,5 +182,5 @@ def validate_sample(config: ConfigDict) -> None:
     require(not interval or ordered, "sample.guidance_interval", interval, allowed)
     require(0 <= s.guidance_rescale <= 1, "sample.guidance_rescale", s.guidance_rescale, "in [0, 1]")
     for field, used in (("guidance_interval", interval), ("guidance_rescale", s.guidance_rescale)):
-        require(not used or s.guidance > 0, f"sample.{field}", used, "left out with sample.guidance = 0")
+        require(not used or guided, f"sample.{field}", used, f"left out with sample.guidance = {s.guidance}")
     _at_least(config, 1, "sample.num", "sample.batch_size")

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, FieldReference
 
 from jaxdiff.errors import ConfigError
 
@@ -156,7 +156,8 @@ def sample() -> ConfigDict:
             steps=50,  # of the num_steps timesteps
             spacing="leading",  # leading, trailing, linspace or adm: which timesteps
             eta=0.0,  # ddim: 0 = deterministic, 1 = as noisy as ddpm
-            guidance=0.0,  # w in (1+w) cond - w uncond; elsewhere written as s = 1 + w
+            # w in (1+w) cond - w uncond, elsewhere written as s = 1 + w; in --mode=sample also several, as in (0.,1.5)
+            guidance=number_or_several(0.0),
             guidance_interval=(),  # first and last timestep t with guidance, the others cost half; () = all
             guidance_rescale=0.0,  # phi, share by which guided predictions get the spread of the conditional ones back
             clip=True,  # x0 predictions to [-1, 1]; latents have no such bounds
@@ -168,6 +169,17 @@ def sample() -> ConfigDict:
             format="npz",  # npz (one array) or png (a folder)
         )
     )
+
+
+def number_or_several(value: float | tuple[float, ...]) -> FieldReference:
+    """A field that --config.FIELD sets to a number or a tuple, where other fields keep the type they have."""
+    return FieldReference(value, field_type=object)
+
+
+def guidance_weights(settings: ConfigDict) -> tuple[float, ...]:
+    """All w of the fields `sample`, in their order."""
+    w = settings.guidance
+    return tuple(w) if isinstance(w, tuple | list) else (w,)
 
 
 def evaluation() -> ConfigDict:

@@ -6,6 +6,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from jaxdiff.config.fields import number_or_several
 from jaxdiff.errors import ConfigError
 
 SAMPLE_FIELDS = ("sample",)  # groups that --mode=sample may change
@@ -58,6 +59,8 @@ def load(path: pathlib.Path) -> ConfigDict:
             group = group.get(part, {})
         if group and field not in group:
             group[field] = value
+    if "sample" in config:
+        config.sample.guidance = number_or_several(config.sample.guidance)
     return config
 
 

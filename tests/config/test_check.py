@@ -39,6 +39,11 @@ WRONG = [
     ("ddpm", "sample.steps", 1001, "1..1000"),
     ("ddpm", "sample.eta", 1.5, "in [0, 1]"),
     ("ddpm", "sample.guidance", -0.5, "at least 0"),
+    ("ldm", "sample.guidance", (0.0, -1.5), "at least 0"),
+    ("ldm", "sample.guidance", (1.0, float("inf")), "at least 0"),
+    ("ldm", "sample.guidance", (), "a number, or several"),
+    ("ldm", "sample.guidance", "strong", "a number, or several"),
+    ("ldm", "sample.guidance", (0.0, 1.5), "one number, but for --mode=sample"),
     ("ddpm", "sample.weights", "best", "ema, raw"),
     ("ldm", "sample.guidance_interval", (5, 3), "(first, last) in 0..999"),
     ("ldm", "sample.guidance_interval", (0, 1000), "(first, last) in 0..999"),
@@ -117,6 +122,19 @@ def test_contradicting_sampler_settings():
         check.validate(config, 8)
 
 
+def test_several_weights_of_guidance():
+    config = config_of("ldm")
+    config.sample.update(guidance=(0, 1.5), guidance_rescale=0.7)
+    check.validate_sample(config)
+    config.sample.guidance = (0.0, 0.0)
+    with pytest.raises(ConfigError, match=r"guidance_rescale = 0.7: .* left out with sample.guidance = \(0.0, 0.0\)"):
+        check.validate_sample(config)
+    config.sample.update(guidance=(0.0, 1.5), guidance_rescale=0.0)
+    config.diffusion.label_dropout = 0.0
+    with pytest.raises(ConfigError, match=r"guidance = \(0.0, 1.5\): must be 0 with .*label_dropout = 0"):
+        check.validate_sample(config)
+
+
 def test_unknown_data_set():
     with pytest.raises(ConfigError, match=r":cifar: the data set must be one of digits, cifar10"):
         ldm_cfg.get_config("cifar")
@@ -127,6 +145,12 @@ def test_a_config_comes_back_from_its_file(tmp_path):
         config = config_of(experiment)
         files.save(config, tmp_path / "config.json")
         assert files.load(tmp_path / "config.json").to_dict() == config.to_dict()
+    config = config_of("ldm")
+    for guidance in (3.0, (0.0, 1.5), 2):  # of either type, before and after
+        config.sample.guidance = guidance
+        files.save(config, tmp_path / "config.json")
+        config = files.load(tmp_path / "config.json")
+        assert config.sample.guidance == guidance
 
 
 def test_whose_a_workdir_is(tmp_path):
