@@ -1,6 +1,7 @@
 """Images from a checkpoint: the compiled sampler, and --mode=sample."""
 
 import pathlib
+import reprlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, cast
 
@@ -17,9 +18,10 @@ from jaxdiff.build import ARCHITECTURE, build_autoencoder, build_schedule, build
 from jaxdiff.config import files
 from jaxdiff.config.check import require
 from jaxdiff.config.fields import guidance_weights
-from jaxdiff.data.latents import Whitening
+from jaxdiff.data.latents import Whitening, params_hash
 from jaxdiff.errors import ConfigError
 from jaxdiff.keys import named_key
+from jaxdiff.models import UNet
 from jaxdiff.samples import sample_labels, save_samples
 from jaxdiff.training.checkpoint import Checkpoints
 
@@ -31,8 +33,15 @@ class Decoder(NamedTuple):
     whitening: Whitening
 
 
+class Weak(NamedTuple):
+    """The weaker model of autoguidance."""
+
+    unet: UNet
+    params: Any
+
+
 class Generator:
-    """Draws images from the parameters of a UNet.
+    """Draws images from the parameters of a UNet, guided by the null class or by a weak model.
 
     Timesteps, coefficients, eta, and the guidance's weight, interval and rescaling are traced: only the batch size,
     clipping, and whether there is guidance, or an interval of it, make another program. Image k is a function of
@@ -46,17 +55,19 @@ class Generator:
         num_classes: int,
         mesh: Mesh,
         decoder: Decoder | None = None,
+        weak: Weak | None = None,
     ) -> None:
         self.mesh = mesh
         self.num_classes = num_classes
         self.shape = tuple(shape)
         self.schedule = build_schedule(config)
         self.unet = build_unet(config, self.shape[-1], num_classes)
-        self.decoder_params = None
+        self._others = {"decoder": decoder and decoder.params, "weak": weak and weak.params}  # traced as well
         if decoder is not None:
             self._autoencoder = build_autoencoder(config)
             self._whitening = decoder.whitening
-            self.decoder_params = decoder.params
+        if weak is not None:
+            self._weak_unet = weak.unet
         self._run = jax.jit(self._draw, static_argnames=("guided", "limited", "clip"))
 
     def abstract_params(self) -> Any:
@@ -95,14 +106,14 @@ class Generator:
         out = []
         for first in range(0, len(rows["index"]), size):
             batch = meshes.put_batch({name: row[first : first + size] for name, row in rows.items()}, self.mesh)
-            out.append(meshes.to_host(self._run(params, self.decoder_params, plan, key, batch, *options, **flags)))
+            out.append(meshes.to_host(self._run(params, self._others, plan, key, batch, *options, **flags)))
         samples = np.concatenate(out)[: len(weights) * n]
         return samples.reshape(len(weights), n, *samples.shape[1:])
 
     def _draw(
         self,
         params: Any,
-        decoder_params: Any,
+        others: dict[str, Any],
         plan: diffusion.Plan,
         key: Array,
         rows: dict[str, Array],
@@ -119,8 +130,14 @@ class Generator:
         def plain(x: Array, t: Array) -> Array:
             return apply(x, t, rows["label"])
 
+        def apply_weak(x: Array, t: Array, y: Array) -> Any:
+            return self._weak_unet.apply(others["weak"], x, t, y)
+
         def with_guidance(x: Array, t: Array) -> Array:
-            model = diffusion.classifier_free(apply, self.num_classes, phi=phi)
+            if others["weak"] is None:
+                model = diffusion.classifier_free(apply, self.num_classes, phi=phi)
+            else:
+                model = diffusion.autoguided(apply, apply_weak, phi=phi)
             return model(x, t, rows["label"], rows["guidance"])
 
         model: Callable[[Array, Array], Array] = with_guidance if guided else plain
@@ -129,9 +146,9 @@ class Generator:
 
         keys = diffusion.sample_keys(key, rows["index"])
         x = diffusion.sample(model, plan, diffusion.initial_noise(keys, self.shape), keys, clip=clip)
-        if decoder_params is not None:
+        if others["decoder"] is not None:
             z = self._whitening.unwhiten(x)
-            x = cast(Array, self._autoencoder.apply(decoder_params, z, method="decode"))
+            x = cast(Array, self._autoencoder.apply(others["decoder"], z, method="decode"))
         return images.to_uint8(x)
 
 
@@ -163,6 +180,48 @@ def load_autoencoder(config: ConfigDict, folder: pathlib.Path, mesh: Mesh, step:
     return params
 
 
+def load_weak(
+    config: ConfigDict, workdir: pathlib.Path, step: int, meta: dict[str, Any], mesh: Mesh, decoder: Decoder | None
+) -> tuple[Weak, int]:
+    """The weak model that `config.sample` names for the checkpoint (workdir, step) with `meta`, and its own step.
+
+    Raises: ConfigError where it is that checkpoint, or has another shape, classes, schedule, autoencoder or whitening.
+    """
+    s, folder = config.sample, pathlib.Path(config.sample.autoguidance)
+
+    def check(ok: bool, allowed: str) -> None:
+        require(ok, "sample.autoguidance", s.autoguidance, f"a workdir with {allowed}")
+
+    def alike(name: str, own: Any, weak: Any) -> None:
+        check(own == weak, f"{name} {reprlib.repr(own)} as {workdir}, not {reprlib.repr(weak)}")
+
+    check((folder / "config.json").exists(), "a config.json")
+    weak_config = files.load(folder / "config.json")
+    alike("experiment", config.experiment, weak_config.experiment)
+    for field in sorted(set(config.diffusion) - {"label_dropout"}):
+        alike(f"diffusion.{field}", config.diffusion[field], weak_config.diffusion[field])
+    checkpoints = Checkpoints(folder)
+    steps = checkpoints.steps
+    check(bool(steps), "a checkpoint")
+    weak_step = s.autoguidance_step or steps[-1]
+    other = (folder.resolve(), weak_step) != (workdir.resolve(), step)
+    allowed = f"one of {', '.join(map(str, steps))} of {folder}, and not the one that is guided"
+    require(weak_step in steps and other, "sample.autoguidance_step", weak_step, allowed)
+    weak_meta = checkpoints.meta(weak_step)
+    for name, key in (("shape", "shape"), ("classes", "class_names")):
+        alike(name, meta[key], weak_meta[key])
+    if decoder is not None:
+        autoencoder = folder / weak_meta["autoencoder"]
+        if autoencoder.resolve() != (workdir / meta["autoencoder"]).resolve():
+            theirs = load_autoencoder(weak_config, autoencoder, mesh)
+            alike("autoencoder", *(params_hash(meshes.to_host(params)) for params in (decoder.params, theirs)))
+        alike("whitening", meta["whitening"], weak_meta["whitening"])
+    generator = Generator(weak_config, weak_meta["shape"], len(weak_meta["class_names"]), mesh)
+    weak_params = checkpoints.restore_params(generator.abstract_params(), weak_step, s.weights)
+    checkpoints.close()
+    return Weak(generator.unet, weak_params), weak_step
+
+
 def run_sample(config: ConfigDict, workdir: pathlib.Path, step: int | None) -> list[pathlib.Path]:
     """--mode=sample: draw images with the newest (or given) checkpoint of a workdir, and write a grid a weight.
 
@@ -173,15 +232,19 @@ def run_sample(config: ConfigDict, workdir: pathlib.Path, step: int | None) -> l
     step = checkpoints.pick(step)
     meta = checkpoints.meta(step)
     labels = sample_labels(s, meta["class_names"])
-    decoder = None
+    decoder, weak, by = None, None, ""
     if config.experiment == "ldm":
         decoder = Decoder(load_autoencoder(config, workdir / meta["autoencoder"], mesh), Whitening(**meta["whitening"]))
-    generator = Generator(config, meta["shape"], len(meta["class_names"]), mesh, decoder)
+    if s.autoguidance:
+        weak, weak_step = load_weak(config, workdir, step, meta, mesh, decoder)
+        by = f"-auto{weak_step}"
+    generator = Generator(config, meta["shape"], len(meta["class_names"]), mesh, decoder, weak)
     params = checkpoints.restore_params(generator.abstract_params(), step, s.weights)
     checkpoints.close()
     sheets = []
     for w, samples in zip(guidance_weights(s), generator.sweep(params, s, labels), strict=True):
-        path = workdir / "samples" / f"step{step}-{s.weights}-{s.sampler}{s.steps}-w{w:g}-seed{s.seed}"
+        name = f"step{step}-{s.weights}-{s.sampler}{s.steps}-w{w:g}{by}-seed{s.seed}"
+        path = workdir / "samples" / name
         if meshes.is_main():
             sheets.append(save_samples(path, samples, labels, ConfigDict({**s.to_dict(), "guidance": w})))
     return sheets

@@ -60,6 +60,8 @@ def validate(config: ConfigDict, num_devices: int) -> None:
         validate_sample(config)
         one = isinstance(config.sample.guidance, int | float)
         require(one, "sample.guidance", config.sample.guidance, "one number, but for --mode=sample")
+        weak = config.sample.autoguidance
+        require(not weak, "sample.autoguidance", weak, "left out, but for --mode=sample")
         for score in config.eval.scores:
             require(score in SCORES, "eval.scores", score, f"among {', '.join(SCORES)}")
 
@@ -169,18 +171,18 @@ def validate_sample(config: ConfigDict) -> None:
     allowed = "a number, or several as in (0.,1.5), at least 0 (w in (1+w) cond - w uncond)"
     require(len(weights) > 0 and numbers, "sample.guidance", s.guidance, allowed)
     guided = max(weights) > 0
-    trained = not guided or d.label_dropout > 0
-    require(
-        trained,
-        "sample.guidance",
-        s.guidance,
-        "0 with diffusion.label_dropout = 0, which trains no null class",
-    )
+    trained = not guided or d.label_dropout > 0 or s.autoguidance
+    allowed = "0 with diffusion.label_dropout = 0, which trains no null class, but for sample.autoguidance"
+    require(trained, "sample.guidance", s.guidance, allowed)
+    _at_least(config, 0, "sample.autoguidance_step")
+    step = s.autoguidance_step
+    require(not step or s.autoguidance, "sample.autoguidance_step", step, "left out without sample.autoguidance")
     interval = tuple(s.guidance_interval)
     ordered = len(interval) == 2 and 0 <= interval[0] <= interval[1] < d.num_steps
     allowed = f"empty or (first, last) in 0..{d.num_steps - 1}"
     require(not interval or ordered, "sample.guidance_interval", interval, allowed)
     require(0 <= s.guidance_rescale <= 1, "sample.guidance_rescale", s.guidance_rescale, "in [0, 1]")
-    for field, used in (("guidance_interval", interval), ("guidance_rescale", s.guidance_rescale)):
+    for field in ("guidance_interval", "guidance_rescale", "autoguidance"):
+        used = s[field]
         require(not used or guided, f"sample.{field}", used, f"left out with sample.guidance = {s.guidance}")
     _at_least(config, 1, "sample.num", "sample.batch_size")

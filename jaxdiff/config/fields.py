@@ -160,6 +160,8 @@ def sample() -> ConfigDict:
             guidance=number_or_several(0.0),
             guidance_interval=(),  # first and last timestep t with guidance, the others cost half; () = all
             guidance_rescale=0.0,  # phi, share by which guided predictions get the spread of the conditional ones back
+            autoguidance="",  # --mode=sample: workdir of a weaker model, to guide with in place of the null class
+            autoguidance_step=0,  # its checkpoint; 0 = the newest
             clip=True,  # x0 predictions to [-1, 1]; latents have no such bounds
             classes="",  # names or numbers with commas between, repeated in turn; empty = all
             num=100,  # images

@@ -27,6 +27,8 @@ ADDED_FIELDS = {
     "autoencoder.disc_layers": 3,
     "sample.guidance_interval": (),
     "sample.guidance_rescale": 0.0,
+    "sample.autoguidance": "",
+    "sample.autoguidance_step": 0,
 }
 FREE_RECIPE_FIELDS = ("log_every", "sample_every", "checkpoint_every", "keep")
 

@@ -1,6 +1,6 @@
 """The maths of diffusion models: arrays in, arrays out; no networks, config or logging."""
 
-from jaxdiff.diffusion.guidance import classifier_free, guide, rescale, within
+from jaxdiff.diffusion.guidance import autoguided, classifier_free, guide, rescale, within
 from jaxdiff.diffusion.losses import sample_timesteps, simple_loss
 from jaxdiff.diffusion.process import p_mean_variance, predict_eps_from_x0, predict_x0_from_eps, q_posterior, q_sample
 from jaxdiff.diffusion.samplers import (
@@ -23,6 +23,7 @@ __all__ = [
     "SPACINGS",
     "Plan",
     "Schedule",
+    "autoguided",
     "classifier_free",
     "denoise_step",
     "extract",

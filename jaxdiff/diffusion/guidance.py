@@ -1,4 +1,4 @@
-"""Classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598)."""
+"""Classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598), and guidance by a weaker model."""
 
 from collections.abc import Callable
 
@@ -44,6 +44,27 @@ def classifier_free(
         labels = jnp.concatenate([y, jnp.full_like(y, null_label)])
         cond, uncond = jnp.split(apply(jnp.concatenate([x, x]), jnp.concatenate([t, t]), labels), 2)
         return rescale(guide(cond, uncond, w), cond, phi)
+
+    return model
+
+
+def autoguided(
+    apply: Callable[[Images, Times, Labels], Images],
+    weak: Callable[[Images, Times, Labels], Images],
+    *,
+    phi: Float[Array, ""] | float = 0.0,
+) -> Callable[[Images, Times, Labels, Weights], Images]:
+    """From apply(x, t, y) and that of a `weak` model the model(x, t, y, w) that is guided away from the weak one.
+
+    weak + (1 + w) (apply - weak): `guide` with a weaker conditional prediction in the place of the unconditional one.
+    As the weights sum to 1, the same holds for eps as for the denoised images D of the paper, which writes w for 1 + w.
+    Args: phi, of `rescale`.
+    Source: Karras et al. 2024 (arXiv 2406.02507), D_w = w D_1 + (1 - w) D_0 with a weak model for D_0.
+    """
+
+    def model(x: Images, t: Times, y: Labels, w: Weights) -> Images:
+        main = apply(x, t, y)
+        return rescale(guide(main, weak(x, t, y), w), main, phi)
 
     return model
 

@@ -50,6 +50,10 @@ WRONG = [
     ("ddpm", "sample.guidance_interval", (1, 3), "left out with sample.guidance = 0"),
     ("ldm", "sample.guidance_rescale", 1.5, "in [0, 1]"),
     ("ddpm", "sample.guidance_rescale", 0.5, "left out with sample.guidance = 0"),
+    ("ddpm", "sample.autoguidance", "runs/weak", "left out with sample.guidance = 0.0"),
+    ("ldm", "sample.autoguidance", "runs/weak", "left out, but for --mode=sample"),
+    ("ldm", "sample.autoguidance_step", -1, "at least 0"),
+    ("ldm", "sample.autoguidance_step", 800, "left out without sample.autoguidance"),
     ("ddpm", "sample.format", "jpg", "npz, png"),
     ("ddpm", "sample.batch_size", 0, "at least 1"),
     ("ddpm", "eval.scores", ("fid",), "knn_accuracy"),
@@ -133,6 +137,8 @@ def test_several_weights_of_guidance():
     config.diffusion.label_dropout = 0.0
     with pytest.raises(ConfigError, match=r"guidance = \(0.0, 1.5\): must be 0 with .*label_dropout = 0"):
         check.validate_sample(config)
+    config.sample.autoguidance = "runs/weak"  # which needs no null class
+    check.validate_sample(config)
 
 
 def test_unknown_data_set():

@@ -90,6 +90,28 @@ def test_rescaled_guidance_has_the_spread_of_the_conditional_one():
     np.testing.assert_array_equal(df.rescale(0 * guided, cond, 0.7), 0 * guided)
 
 
+def test_autoguidance_leads_away_from_the_weak_model():
+    x, y = normal(0, 3, 2, 2, 1), jnp.array([3, 4, 5])
+    t, w = jnp.array([5, 5, 5]), jnp.array([0.0, 1.5, 3.0])
+    calls = []
+
+    def network(name, factor):
+        def apply(x, t, y):
+            calls.append((name, x.shape, y.tolist()))
+            return factor * jnp.sin(x + y[:, None, None, None])
+
+        return apply
+
+    main, weak = network("main", 1.0), network("weak", 0.7)
+    out = df.autoguided(main, weak)(x, t, y, w)
+    assert calls == [(name, (3, 2, 2, 1), [3, 4, 5]) for name in ("main", "weak")]  # of the true classes, once each
+    good, bad = main(x, t, y), weak(x, t, y)
+    np.testing.assert_allclose(out, bad + (1 + w[:, None, None, None]) * (good - bad), atol=1e-6)
+    np.testing.assert_array_equal(df.autoguided(main, main)(x, t, y, 0 * w), good)
+    rescaled = df.autoguided(main, weak, phi=1.0)(x, t, y, w)
+    np.testing.assert_allclose(rescaled.std(axis=(1, 2, 3)), good.std(axis=(1, 2, 3)), rtol=1e-5)
+
+
 def test_outside_its_interval_guidance_is_not_computed():
     batches = []
 
