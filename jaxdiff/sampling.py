@@ -1,14 +1,15 @@
 """Images from a checkpoint: the compiled sampler, and --mode=sample."""
 
+import functools
 import pathlib
 import reprlib
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Int, UInt8
 from ml_collections import ConfigDict
 
@@ -21,7 +22,7 @@ from jaxdiff.config.fields import guidance_weights
 from jaxdiff.data.latents import Whitening, params_hash
 from jaxdiff.errors import ConfigError
 from jaxdiff.keys import named_key
-from jaxdiff.models import UNet
+from jaxdiff.models import UNet, decode_in_parts, decode_tiled
 from jaxdiff.samples import sample_labels, save_samples
 from jaxdiff.training.checkpoint import Checkpoints
 
@@ -44,8 +45,8 @@ class Generator:
     """Draws images from the parameters of a UNet, guided by the null class or by a weak model.
 
     Timesteps, coefficients, eta, and the guidance's weight, interval and rescaling are traced: only the batch size,
-    clipping, and whether there is guidance, or an interval of it, make another program. Image k is a function of
-    (seed, k) and its label.
+    clipping, the parts of decoding, and whether there is guidance, or an interval of it, make another program. Image k
+    is a function of (seed, k) and its label.
     """
 
     def __init__(
@@ -68,7 +69,7 @@ class Generator:
             self._whitening = decoder.whitening
         if weak is not None:
             self._weak_unet = weak.unet
-        self._run = jax.jit(self._draw, static_argnames=("guided", "limited", "clip"))
+        self._run = jax.jit(self._draw, static_argnames=("guided", "limited", "clip", "parts"))
 
     def abstract_params(self) -> Any:
         """Shapes and shardings of the UNet's parameters."""
@@ -102,6 +103,7 @@ class Generator:
         size = -(-settings.batch_size // self.mesh.size) * self.mesh.size
         rows = {name: np.pad(row, (0, -len(row) % size), mode="edge") for name, row in rows.items()}
         flags = {"guided": any(weights), "limited": bool(settings.guidance_interval), "clip": settings.clip}
+        flags["parts"] = (settings.decode_batch, settings.decode_tile)
         options = (tuple(settings.guidance_interval) or (0, 0), settings.guidance_rescale)
         out = []
         for first in range(0, len(rows["index"]), size):
@@ -123,6 +125,7 @@ class Generator:
         guided: bool,
         limited: bool,
         clip: bool,
+        parts: tuple[int, int],
     ) -> UInt8[Array, "batch h w 3"]:
         def apply(x: Array, t: Array, y: Array) -> Any:
             return self.unet.apply(params, x, t, y)
@@ -148,8 +151,27 @@ class Generator:
         x = diffusion.sample(model, plan, diffusion.initial_noise(keys, self.shape), keys, clip=clip)
         if others["decoder"] is not None:
             z = self._whitening.unwhiten(x)
-            x = cast(Array, self._autoencoder.apply(others["decoder"], z, method="decode"))
+            x = self._decode(others["decoder"], z, *parts)
         return images.to_uint8(x)
+
+    def _decode(self, params: Any, z: Array, batch_size: int, tile: int) -> Array:
+        def whole(params: Any, z: Array) -> Any:
+            return self._autoencoder.apply(params, z, method="decode")
+
+        def in_parts(params: Any, z: Array) -> Array:
+            def decode(z: Array) -> Array:
+                one = functools.partial(whole, params)
+                return decode_tiled(one, z, tile) if tile else one(z)
+
+            return decode_in_parts(decode, z, -(-batch_size // self.mesh.size) or len(z))
+
+        if not (batch_size or tile):
+            return whole(params, z)
+        # Each device takes its own images apart: parts of the whole batch would have to be sent to the others.
+        own = PartitionSpec("data")
+        return jax.shard_map(in_parts, mesh=self.mesh, in_specs=(PartitionSpec(), own), out_specs=own, check_vma=False)(
+            params, z
+        )
 
 
 def check_autoencoder(config: ConfigDict, folder: pathlib.Path) -> None:

@@ -1,16 +1,21 @@
 """Drawing images: labels, files that are never overwritten, one program for many settings, image k by (seed, k)."""
 
 import json
+import re
+from unittest import mock
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
 from jaxdiff import images
+from jaxdiff.build import build_autoencoder
+from jaxdiff.data.latents import Whitening
 from jaxdiff.errors import ConfigError
 from jaxdiff.samples import columns, sample_labels, save_samples
-from jaxdiff.sampling import Generator
+from jaxdiff.sampling import Decoder, Generator
 
 NAMES = ["cat", "dog", "7"]
 
@@ -66,6 +71,13 @@ def test_files_are_never_overwritten(tmp_path, tiny, format):
         assert len(list((tmp_path / "s-2").iterdir())) == 3
 
 
+def randomised(tree):
+    """Of the size of trained ones: the zeros of initialisation would make every prediction zero."""
+    leaves, structure = jax.tree.flatten(tree)
+    rng = np.random.default_rng(0)
+    return jax.tree.unflatten(structure, [rng.normal(0, 0.2, leaf.shape).astype(np.float32) for leaf in leaves])
+
+
 @pytest.fixture(scope="module")
 def config(tiny):
     return tiny("ddpm")
@@ -78,11 +90,7 @@ def generator(config):
 
 @pytest.fixture(scope="module")
 def params(generator):
-    """Of the size of trained ones: the zeros of initialisation would make every prediction zero."""
-    tree = generator.abstract_params()
-    leaves, structure = jax.tree.flatten(tree)
-    rng = np.random.default_rng(0)
-    return jax.tree.unflatten(structure, [rng.normal(0, 0.2, leaf.shape).astype(np.float32) for leaf in leaves])
+    return randomised(generator.abstract_params())
 
 
 def changed(config, **settings):
@@ -162,6 +170,57 @@ def test_a_sweep_is_one_program_and_the_runs_at_each_weight(config, params):
         alone = draw(generator, params, config, labels, guidance=w)
         assert np.abs(samples.astype(int) - alone).max() <= 1 and np.abs(again.astype(int) - alone).max() <= 1
         assert w == 0 or (samples != swept[0]).any(axis=(1, 2, 3)).all()
+
+
+def program(generator, params, config, **settings):
+    """The compiled program of a call, which is not run."""
+    calls = []
+
+    def run(*args, **flags):
+        calls.append((args, flags))
+        return np.zeros((16, 1, 1, 3), np.uint8)
+
+    with mock.patch.object(generator, "_run", run):
+        draw(generator, params, config, np.arange(16) % 10, **settings)
+    args, flags = calls[0]
+    return generator._run.lower(*args, **flags).compile()
+
+
+def test_without_guidance_half_as_much_is_computed(generator, params, config):
+    """Floating-point operations of a step, as XLA counts them: of two branches the dearer one."""
+    plain, guided, limited = (
+        program(generator, params, config, **settings).cost_analysis()["flops"]
+        for settings in ({"guidance": 0.0}, {"guidance": 2.0}, {"guidance": 2.0, "guidance_interval": (0, 1)})
+    )
+    assert 0.49 < plain / guided < 0.53 and 0.99 < limited / guided < 1.01
+
+
+def latent_generator(config, mesh):
+    """A latent model of 12x12 latents, and parameters for it."""
+    model = build_autoencoder(config)
+    image, noise = jnp.zeros((1, 24, 24, 3)), jnp.zeros((1, 12, 12, 2))
+    abstract = jax.eval_shape(model.init, jax.random.key(0), image, noise)
+    decoder = Decoder(randomised(abstract), Whitening([0.0, 0.0], [1.0, 1.0]))
+    generator = Generator(config, (12, 12, 2), 10, mesh, decoder)
+    return generator, randomised(generator.abstract_params())
+
+
+def test_every_device_decodes_its_own_latents_in_parts(tiny):
+    """Two images on each of 8, one by one or in tiles: the same as on one device, with nothing sent to another."""
+    config = tiny("ldm")
+    config.model.update(channels=8, channel_mult=(1,), attention_resolutions=(), head_dim=8)
+    config.autoencoder.update(channels=4, norm_groups=2)
+    config.sample.update(steps=1, guidance=0.0)
+    on_eight, on_one = (latent_generator(config, mesh_of(count)) for count in (8, 1))
+    labels, tiles = np.arange(16) % 10, {"decode_batch": 9, "decode_tile": 8}
+    whole = draw(*on_one, config, labels).astype(int)
+    assert len(np.unique(whole)) > 50 and len({image.tobytes() for image in whole}) == 16
+    assert np.abs(draw(*on_eight, config, labels, decode_batch=1) - whole).max() <= 1
+    tiled = draw(*on_eight, config, labels, **tiles).astype(int)
+    assert np.abs(tiled - draw(*on_one, config, labels, **tiles)).max() <= 1 and (tiled != whole).any()
+    for parts in ({"decode_batch": 1}, tiles):
+        text = program(*on_eight, config, **parts).as_text()
+        assert not re.search("all-(gather|reduce|to-all)|collective", text)
 
 
 def test_pixels_there_and_back():

@@ -186,3 +186,7 @@ def validate_sample(config: ConfigDict) -> None:
         used = s[field]
         require(not used or guided, f"sample.{field}", used, f"left out with sample.guidance = {s.guidance}")
     _at_least(config, 1, "sample.num", "sample.batch_size")
+    _at_least(config, 0, "sample.decode_batch")
+    require(s.decode_tile == 0 or s.decode_tile >= 8, "sample.decode_tile", s.decode_tile, "0 or at least 8")
+    for field in ("decode_batch", "decode_tile"):
+        require(not s[field] or "autoencoder" in config, f"sample.{field}", s[field], "0 where no latents are decoded")

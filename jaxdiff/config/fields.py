@@ -166,6 +166,8 @@ def sample() -> ConfigDict:
             classes="",  # names or numbers with commas between, repeated in turn; empty = all
             num=100,  # images
             batch_size=100,  # images computed at a time, rounded up to a multiple of the devices
+            decode_batch=0,  # latents: images decoded at a time, rounded up to a multiple of the devices; 0 = all
+            decode_tile=0,  # latents: side, in latent pixels, of overlapping tiles decoded at a time; 0 = whole images
             weights="ema",  # ema or raw
             seed=0,  # image k is a function of (seed, k)
             format="npz",  # npz (one array) or png (a folder)

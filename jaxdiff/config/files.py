@@ -29,6 +29,8 @@ ADDED_FIELDS = {
     "sample.guidance_rescale": 0.0,
     "sample.autoguidance": "",
     "sample.autoguidance_step": 0,
+    "sample.decode_batch": 0,
+    "sample.decode_tile": 0,
 }
 FREE_RECIPE_FIELDS = ("log_every", "sample_every", "checkpoint_every", "keep")
 
