@@ -152,8 +152,20 @@ def test_train_stop_go_on_sample(tmp_path):
     assert Image.open(grid).size == (34, 34)
     with np.load(grid.with_suffix(".npz")) as data:
         assert data["arr_0"].shape == (4, 16, 16, 3) and data["arr_1"].tolist() == [7, 2, 7, 2]
-    old = jaxdiff("--mode=sample", "--workdir=run", "--step=150", *settings, cwd=tmp_path)
-    assert old.returncode == 0 and "step150-ema-ddim" in old.stdout
+    # A sweep, with the older checkpoint as the weak model.
+    settings[-1] = "--config.sample.guidance=(0.,1.5)"
+    weak = ["--config.sample.autoguidance=run", "--config.sample.autoguidance_step=150"]
+    swept = jaxdiff("--mode=sample", "--workdir=run", *settings, *weak, cwd=tmp_path)
+    assert swept.returncode == 0, swept.stderr
+    names = [f"step300-ema-ddim3-w{w}-auto150-seed0" for w in ("0", "1.5")]
+    assert swept.stdout.splitlines() == [f"sample grid: run/samples/{name}.png" for name in names]
+    for name, w in zip(names, (0.0, 1.5), strict=True):
+        assert json.loads((run / "samples" / f"{name}.json").read_text())["guidance"] == w
+        assert (run / "samples" / f"{name}.npz").exists()
+    assert "guidance_step = 150" in fails(
+        "--mode=sample", "--workdir=run", "--step=150", *settings, *weak, cwd=tmp_path
+    )
+    assert "config.sample.guidance" in fails(*train, settings[-1], cwd=tmp_path)
 
 
 def test_autoencoder_alone_then_given_to_another_run(tmp_path):
