@@ -166,6 +166,7 @@ def test_a_sweep_is_one_program_and_the_runs_at_each_weight(config, params):
     swept = generator.sweep(params, changed(config, guidance=weights), labels)
     assert swept.shape == (4, 4, 8, 8, 3) and generator._run._cache_size() == 1
     in_pieces = generator.sweep(params, changed(config, guidance=weights, batch_size=8), labels)
+    assert generator._run._cache_size() == 2  # one more for two batches of another size
     for w, samples, again in zip(weights, swept, in_pieces, strict=True):
         alone = draw(generator, params, config, labels, guidance=w)
         assert np.abs(samples.astype(int) - alone).max() <= 1 and np.abs(again.astype(int) - alone).max() <= 1
