@@ -167,7 +167,7 @@ def sample() -> ConfigDict:
             num=100,  # images
             batch_size=100,  # images computed at a time, rounded up to a multiple of the devices
             decode_batch=0,  # latents: images decoded at a time, rounded up to a multiple of the devices; 0 = all
-            decode_tile=0,  # latents: side, in latent pixels, of overlapping tiles decoded at a time; 0 = whole images
+            decode_tile=0,  # latents: side in latent pixels, 8 or more, of tiles decoded one at a time; 0 = whole
             weights="ema",  # ema or raw
             seed=0,  # image k is a function of (seed, k)
             format="npz",  # npz (one array) or png (a folder)
