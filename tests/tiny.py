@@ -7,7 +7,7 @@ from configs import ddpm, ldm_cfg, vae
 UNET = dict(
     channels=16, channel_mult=(1, 2), num_res_blocks=1, attention_resolutions=(4,), head_dim=16, context_tokens=2
 )
-AUTOENCODER = dict(channels=8, channel_mult=(1, 2), num_res_blocks=1, latent_channels=2)
+AUTOENCODER = dict(channels=8, channel_mult=(1, 2), num_res_blocks=1, latent_channels=2, scores=())
 RECIPE = dict(epochs=0.0, steps=4, batch_size=16, warmup_steps=1, log_every=1, sample_every=0, checkpoint_every=100)
 
 

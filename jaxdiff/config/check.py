@@ -2,6 +2,7 @@
 
 import difflib
 import math
+import pathlib
 from collections.abc import Collection
 from typing import Any
 
@@ -11,6 +12,7 @@ from jaxdiff.config.fields import guidance_weights
 from jaxdiff.data.sources import SOURCES
 from jaxdiff.diffusion import SAMPLERS, SCHEDULES, SPACINGS
 from jaxdiff.errors import ConfigError
+from jaxdiff.evaluation import reconstruction
 from jaxdiff.evaluation.scores import SCORES
 from jaxdiff.models.discriminator import patches
 
@@ -122,6 +124,12 @@ def _validate_autoencoder(config: ConfigDict) -> int:
     require(0 <= a.disc_start <= 1, "autoencoder.disc_start", a.disc_start, "a share of the steps, in [0, 1]")
     fits = not a.disc_weight or patches(size, a.disc_layers) >= 1
     require(fits, "autoencoder.disc_layers", a.disc_layers, f"less for images of {size} pixels")
+    known = not a.lpips or pathlib.Path(a.lpips).is_file()
+    require(known, "autoencoder.lpips", a.lpips, "empty, or a file with the weights of LPIPS(net='vgg')")
+    for score in a.scores:
+        require(
+            score in reconstruction.SCORES, "autoencoder.scores", score, f"among {', '.join(reconstruction.SCORES)}"
+        )
     return factor
 
 

@@ -12,7 +12,13 @@ from jaxdiff.errors import ConfigError
 SAMPLE_FIELDS = ("sample",)  # groups that --mode=sample may change
 # Groups and fields that a resumed run may change as well: they bear on what is recorded, not on what is learnt.
 FREE_DATA_FIELDS = ("path", "prepared", "max_rejected", "threads", "workers", "cache_gb")
-FREE_FIELDS = (*SAMPLE_FIELDS, "eval", "autoencoder.latents", *(f"data.{field}" for field in FREE_DATA_FIELDS))
+FREE_FIELDS = (
+    *SAMPLE_FIELDS,
+    "eval",
+    "autoencoder.latents",
+    "autoencoder.scores",
+    *(f"data.{field}" for field in FREE_DATA_FIELDS),
+)
 # Fields that are younger than some workdirs, and what those were made with.
 ADDED_FIELDS = {
     "adam_betas": (0.9, 0.999),
@@ -25,6 +31,7 @@ ADDED_FIELDS = {
     "autoencoder.disc_weight": 0.0,
     "autoencoder.disc_start": 0.25,
     "autoencoder.disc_layers": 3,
+    "autoencoder.scores": (),
     "sample.guidance_interval": (),
     "sample.guidance_rescale": 0.0,
     "sample.autoguidance": "",

@@ -18,7 +18,7 @@ from jaxdiff.config.check import require
 from jaxdiff.data import load_source
 from jaxdiff.data.latents import Encoding, encode_sources, latent_root, params_hash
 from jaxdiff.data.sources import Source
-from jaxdiff.evaluation.reconstruction import reconstruction_scores
+from jaxdiff.evaluation import reconstruction
 from jaxdiff.evaluation.scores import SCORES
 from jaxdiff.keys import named_key
 from jaxdiff.mesh import say
@@ -107,7 +107,9 @@ def _train_autoencoder(
 ) -> dict[str, float]:
     """Train the autoencoder of a configs/vae.py experiment to its end; its scores on the validation images."""
     result = fit(autoencoder_experiment(config, train, val, mesh), config, workdir, mesh, stop_at=stop_at)
-    scores = result.validation | reconstruction_scores(build_autoencoder(config), result.state.ema, val, mesh)
+    scores = dict(result.validation)
+    for name in config.autoencoder.scores:
+        scores |= reconstruction.SCORES[name](build_autoencoder(config), result.state.ema, val, mesh)
     say(f"autoencoder: {_table(scores)}  (ema weights)")
     return scores
 

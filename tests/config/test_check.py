@@ -66,6 +66,15 @@ WRONG = [
     ("ldm", "autoencoder.train.lr", -1.0, "positive"),
     ("ldm", "data.image_size", 36, "multiple of the autoencoder's downsampling, 8"),
     ("vae", "keep", 0, "at least 1"),
+    ("vae", "adam_betas", (0.9, 1.0), "two numbers in [0, 1)"),
+    ("ldm", "autoencoder.train.adam_betas", (0.9,), "two numbers in [0, 1)"),
+    ("vae", "autoencoder.kl_weight", -1e-6, "at least 0"),
+    ("vae", "autoencoder.perceptual_weight", -1.0, "at least 0"),
+    ("vae", "autoencoder.disc_weight", -0.5, "at least 0"),
+    ("vae", "autoencoder.disc_start", 1.5, "a share of the steps, in [0, 1]"),
+    ("vae", "autoencoder.disc_layers", 0, "at least 1"),
+    ("vae", "autoencoder.lpips", "nowhere.pth", "a file with the weights of LPIPS"),
+    ("vae", "autoencoder.scores", ("fid",), "among rfd_effnet_lite0"),
 ]
 
 
@@ -181,7 +190,7 @@ def test_whose_a_workdir_is(tmp_path):
 
 def test_a_workdir_of_an_earlier_version(tmp_path):
     config = config_of("ldm")
-    config.autoencoder.norm_groups = 32
+    config.autoencoder.update(norm_groups=32, scores=())
     files.claim_workdir(config, tmp_path)
     old = json.loads((tmp_path / "config.json").read_text())
     for field in files.ADDED_FIELDS:
@@ -196,6 +205,15 @@ def test_a_workdir_of_an_earlier_version(tmp_path):
     config.autoencoder.norm_groups = 8
     with pytest.raises(ConfigError, match="config.autoencoder.norm_groups = 8: .* was made with 32"):
         files.check_workdir(config, tmp_path)
+
+
+def test_patches_must_fit_into_the_image():
+    config = config_of("vae")
+    config.autoencoder.disc_layers = 4
+    check.validate(config, 1)  # no discriminator
+    config.autoencoder.disc_weight = 0.5
+    with pytest.raises(ConfigError, match="config.autoencoder.disc_layers = 4: must be less for images of 32 pixels"):
+        check.validate(config, 1)
 
 
 @pytest.mark.parametrize("kind", ["file", "folder"])
