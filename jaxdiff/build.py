@@ -26,18 +26,30 @@ def build_autoencoder(config: ConfigDict) -> AutoencoderKL:
 
 
 def build_unet(config: ConfigDict, channels: int, num_classes: int) -> UNet:
-    """The network of `config.model` for arrays of `channels` channels and labels of `num_classes` classes."""
+    """The network of `config.model` for arrays of `channels` channels and labels of `num_classes` classes.
+
+    With `learned_variance` its output is eps, and a second array of that shape for the variance.
+    """
     m = config.model
     return UNet(
-        out_channels=channels,
+        out_channels=2 * channels if m.learned_variance else channels,
         channels=m.channels,
         channel_mult=tuple(m.channel_mult),
         num_res_blocks=m.num_res_blocks,
         attention_resolutions=tuple(m.attention_resolutions),
         head_dim=m.head_dim,
-        num_classes=num_classes,
+        num_heads=m.num_heads,
+        num_classes=num_classes if m.conditional else 0,
+        null_class=m.null_class,
         context_tokens=m.context_tokens,
         dropout=m.dropout,
+        scale_shift_norm=m.scale_shift_norm,
+        resblock_updown=m.resblock_updown,
+        downsample_padding=m.downsample_padding,
+        mid_attention=m.mid_attention,
+        norm_groups=m.norm_groups,
+        norm_eps=m.norm_eps,
+        freq_shift=m.freq_shift,
         dtype=compute_dtype(config),
     )
 

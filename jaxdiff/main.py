@@ -15,7 +15,7 @@ MODES = {
     "sample": "draw images from a checkpoint",
     "prepare": "store a data set's images at the size that is trained on",
     "encode": "store a data set's latents",
-    "import": "make a workdir of a diffusers folder, --from",
+    "import": "make a workdir of a folder of diffusers or ADM, --from",
     "export": "write a diffusers folder, --to, of a workdir",
 }
 
@@ -27,7 +27,7 @@ def define_flags() -> None:
     flags.DEFINE_enum("mode", "train", list(MODES), "; ".join(f"{name}: {what}" for name, what in MODES.items()))
     flags.DEFINE_string("workdir", None, "Folder of the run; default runs/<config.name>.")
     flags.DEFINE_integer("step", None, "Checkpoint to sample from, or to export; default the newest.")
-    flags.DEFINE_string("from", None, "--mode=import: folder with a model of diffusers.")
+    flags.DEFINE_string("from", None, "--mode=import: folder with a model of diffusers or ADM.")
     flags.DEFINE_string("to", None, "--mode=export: folder to write.")
 
 
@@ -62,6 +62,8 @@ def run(argv: list[str]) -> None:
     from jaxdiff import startup  # imports JAX, which --help and a misspelt flag need not wait for
 
     workdir = pathlib.Path(args.workdir or f"runs/{args.config.name}")
+    named = args.config.name if args["config"].present else None
+    overrides = config_flags.get_override_values(args["config"])
     if args.mode == "train":
         startup.train(args.config, workdir)
     elif args.mode == "prepare":
@@ -69,12 +71,11 @@ def run(argv: list[str]) -> None:
     elif args.mode == "encode":
         startup.encode(args.config, workdir)
     elif args.mode == "import":
-        startup.import_model(args.config, workdir, pathlib.Path(str(args["from"].value)))
+        startup.import_model(args.config, workdir, pathlib.Path(str(args["from"].value)), overrides)
     elif args.mode == "export":
-        startup.export_model(workdir, pathlib.Path(args.to), args.step)
+        startup.export_model(workdir, pathlib.Path(args.to), named, overrides, args.step)
     else:
-        named = args.config.name if args["config"].present else None
-        startup.sample(workdir, named, config_flags.get_override_values(args["config"]), args.step)
+        startup.sample(workdir, named, overrides, args.step)
 
 
 def main() -> None:

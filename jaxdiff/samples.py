@@ -3,6 +3,7 @@
 import pathlib
 import re
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int, UInt8
@@ -15,8 +16,14 @@ from jaxdiff.config.check import require
 WORDNET_ID = re.compile(r"^n\d{8}[_ -]")  # class folders are called n01558993_robin as well as robin
 
 
+def label_names(config: ConfigDict, class_names: Sequence[str]) -> Sequence[str]:
+    """The classes that the network of `config` can be asked for: the data set's, or none where it is unconditional."""
+    return class_names if config.model.conditional else ()
+
+
 def sample_labels(settings: ConfigDict, class_names: Sequence[str]) -> Int[np.ndarray, " num"]:
-    """Labels of images 0..num-1: the classes of `settings.classes` (names or numbers; empty = all), repeated in turn.
+    """Labels of images 0..num-1: the classes of `settings.classes` (names or numbers; empty = all), repeated in turn;
+    0 throughout where there are no classes.
 
     Raises: ConfigError naming the class that there is not.
     """
@@ -41,20 +48,24 @@ def columns(labels: Int[np.ndarray, " n"]) -> int:
 
 
 def save_samples(
-    path: pathlib.Path, samples: UInt8[np.ndarray, "n h w 3"], labels: Int[np.ndarray, " n"], settings: ConfigDict
+    path: pathlib.Path,
+    samples: UInt8[np.ndarray, "n h w 3"],
+    labels: Int[np.ndarray, " n"] | None,
+    settings: ConfigDict,
 ) -> pathlib.Path:
     """Write the grid `path`.png, the config fields `sample` as `path`.json, and the images in `settings.format`:
-    `path`.npz (arr_0 images, arr_1 labels) or a folder `path` of PNGs.
+    `path`.npz (arr_0 images, arr_1 labels) or a folder `path` of PNGs. `labels` are None where there are none.
 
     Names that are taken get a number, so that nothing is overwritten. Returns the path of the grid.
     """
     sheet = images.fresh_path(path.with_name(path.name + ".png"))
-    images.save_png(sheet, images.grid(samples, columns(labels)))
+    images.save_png(sheet, images.grid(samples, columns(np.zeros(len(samples)) if labels is None else labels)))
     base = sheet.with_suffix("")
     files.write_json(base.with_name(base.name + ".json"), settings.to_dict())
     if settings.format == "npz":
-        np.savez(base.with_name(base.name + ".npz"), arr_0=samples, arr_1=labels)
+        named: dict[str, Any] = {} if labels is None else {"arr_1": labels}
+        np.savez(base.with_name(base.name + ".npz"), arr_0=samples, **named)
     else:
-        for k, (image, label) in enumerate(zip(samples, labels, strict=True)):
-            images.save_png(base / f"{k:06d}-class{label}.png", image)
+        for k, image in enumerate(samples):
+            images.save_png(base / (f"{k:06d}" + ("" if labels is None else f"-class{labels[k]}") + ".png"), image)
     return sheet

@@ -23,7 +23,7 @@ from jaxdiff.data.latents import Whitening, params_hash
 from jaxdiff.errors import ConfigError
 from jaxdiff.keys import named_key
 from jaxdiff.models import UNet, decode_in_parts, decode_tiled
-from jaxdiff.samples import sample_labels, save_samples
+from jaxdiff.samples import label_names, sample_labels, save_samples
 from jaxdiff.training.checkpoint import Checkpoints
 
 
@@ -63,6 +63,7 @@ class Generator:
         self.shape = tuple(shape)
         self.schedule = build_schedule(config)
         self.unet = build_unet(config, self.shape[-1], num_classes)
+        self.decoder = decoder
         self._others = {"decoder": decoder and decoder.params, "weak": weak and weak.params}  # traced as well
         if decoder is not None:
             self._autoencoder = build_autoencoder(config)
@@ -128,13 +129,15 @@ class Generator:
         parts: tuple[int, int],
     ) -> UInt8[Array, "batch h w 3"]:
         def apply(x: Array, t: Array, y: Array) -> Any:
-            return self.unet.apply(params, x, t, y)
+            prediction: Any = self.unet.apply(params, x, t, y)
+            return prediction[..., : self.shape[-1]]  # eps; a learned variance, behind it, is not used
 
         def plain(x: Array, t: Array) -> Array:
             return apply(x, t, rows["label"])
 
         def apply_weak(x: Array, t: Array, y: Array) -> Any:
-            return self._weak_unet.apply(others["weak"], x, t, y)
+            prediction: Any = self._weak_unet.apply(others["weak"], x, t, y)
+            return prediction[..., : self.shape[-1]]
 
         def with_guidance(x: Array, t: Array) -> Array:
             if others["weak"] is None:
@@ -244,29 +247,41 @@ def load_weak(
     return Weak(generator.unet, weak_params), weak_step
 
 
+def load_generator(
+    config: ConfigDict, workdir: pathlib.Path, mesh: Mesh, step: int | None
+) -> tuple[Generator, Any, dict[str, Any]]:
+    """The generator, the parameters `config.sample.weights`, and the meta, of a step (None = newest) of a workdir.
+
+    With `config.sample.autoguidance`, the meta says in "weak_step" which checkpoint of it guides.
+    """
+    checkpoints, s = Checkpoints(workdir), config.sample
+    step = checkpoints.pick(step)
+    meta = checkpoints.meta(step)
+    sample_labels(s, label_names(config, meta["class_names"]))
+    decoder, weak = None, None
+    if config.experiment == "ldm":
+        decoder = Decoder(load_autoencoder(config, workdir / meta["autoencoder"], mesh), Whitening(**meta["whitening"]))
+    if s.autoguidance:
+        weak, meta["weak_step"] = load_weak(config, workdir, step, meta, mesh, decoder)
+    generator = Generator(config, meta["shape"], len(meta["class_names"]), mesh, decoder, weak)
+    params = checkpoints.restore_params(generator.abstract_params(), step, s.weights)
+    checkpoints.close()
+    return generator, params, {**meta, "step": step}
+
+
 def run_sample(config: ConfigDict, workdir: pathlib.Path, step: int | None) -> list[pathlib.Path]:
     """--mode=sample: draw images with the newest (or given) checkpoint of a workdir, and write a grid a weight.
 
     Returns: the paths of the grids.
     """
-    mesh, s = meshes.make_mesh(), config.sample
-    checkpoints = Checkpoints(workdir)
-    step = checkpoints.pick(step)
-    meta = checkpoints.meta(step)
-    labels = sample_labels(s, meta["class_names"])
-    decoder, weak, by = None, None, ""
-    if config.experiment == "ldm":
-        decoder = Decoder(load_autoencoder(config, workdir / meta["autoencoder"], mesh), Whitening(**meta["whitening"]))
-    if s.autoguidance:
-        weak, weak_step = load_weak(config, workdir, step, meta, mesh, decoder)
-        by = f"-auto{weak_step}"
-    generator = Generator(config, meta["shape"], len(meta["class_names"]), mesh, decoder, weak)
-    params = checkpoints.restore_params(generator.abstract_params(), step, s.weights)
-    checkpoints.close()
+    s = config.sample
+    generator, params, meta = load_generator(config, workdir, meshes.make_mesh(), step)
+    labels = sample_labels(s, label_names(config, meta["class_names"]))
+    by = f"-auto{meta['weak_step']}" if s.autoguidance else ""
     sheets = []
     for w, samples in zip(guidance_weights(s), generator.sweep(params, s, labels), strict=True):
-        name = f"step{step}-{s.weights}-{s.sampler}{s.steps}-w{w:g}{by}-seed{s.seed}"
-        path = workdir / "samples" / name
+        path = workdir / "samples" / f"step{meta['step']}-{s.weights}-{s.sampler}{s.steps}-w{w:g}{by}-seed{s.seed}"
         if meshes.is_main():
-            sheets.append(save_samples(path, samples, labels, ConfigDict({**s.to_dict(), "guidance": w})))
+            own = labels if config.model.conditional else None
+            sheets.append(save_samples(path, samples, own, ConfigDict({**s.to_dict(), "guidance": w})))
     return sheets

@@ -8,6 +8,7 @@ import jax
 from ml_collections import ConfigDict
 
 from jaxdiff import mesh as meshes
+from jaxdiff.build import build_autoencoder, build_unet
 from jaxdiff.config import check, files
 from jaxdiff.errors import ConfigError
 
@@ -58,60 +59,125 @@ def encode(config: ConfigDict, workdir: pathlib.Path) -> None:
     run_encode(config, workdir)
 
 
-def import_model(config: ConfigDict, workdir: pathlib.Path, source: pathlib.Path) -> None:
-    """--mode=import: `workdir` becomes that of configs/vae.py with the autoencoder in the diffusers folder `source`."""
+def import_model(config: ConfigDict, workdir: pathlib.Path, source: pathlib.Path, overrides: dict[str, Any]) -> None:
+    """--mode=import: `workdir` becomes that of `config`'s training, with the network in the folder `source`.
+
+    Args: overrides, the fields that the command line gives, which may not contradict the network.
+    """
+    from jaxdiff.data import load_source
     from jaxdiff.interop.diffusers import load_autoencoder
+    from jaxdiff.interop.importing import import_unet, read_unet
+    from jaxdiff.sampling import check_autoencoder
     from jaxdiff.training.stages import run_import
 
-    if config.experiment != "vae":
-        raise ConfigError(f"--mode=import: {config.name} is no autoencoder; give --config=configs/vae.py:DATASET")
+    start()
+    if config.experiment == "ldm":
+        path = config.autoencoder.path
+        check.require(bool(path), "autoencoder.path", path, "the autoencoder's workdir, from --config=configs/vae.py")
+        check_autoencoder(config, pathlib.Path(path))
     if workdir.exists() and (not workdir.is_dir() or any(workdir.iterdir())):
         raise ConfigError(f"--workdir={workdir}: exists and is not empty; give another")
-    fields, params = load_autoencoder(source)
-    config.autoencoder.update(fields)
-    start()
+    check.validate_data(config)
+    train, val = load_source(config.data, "train"), load_source(config.data, "val")
+    if config.experiment == "vae":
+        own, params = load_autoencoder(source)
+        fields = {f"autoencoder.{name}": value for name, value in own.items()}
+    else:
+        shape, num_classes = [config.data.image_size, config.data.image_size, 3], len(train.class_names)
+        if config.experiment == "ldm":
+            autoencoder = build_autoencoder(config)
+            shape = [shape[0] // autoencoder.downsampling] * 2 + [autoencoder.latent_channels]
+        foreign = read_unet(source, shape, num_classes)
+        fields = foreign.fields
+    for name, value in overrides.items():
+        if fields.get(name, value) != value:
+            raise ConfigError(f"config.{name} = {value!r}: must be {fields[name]!r}, as in {source}, or left out")
+    preset = files.flatten(config)
+    config.update_from_flattened_dict(fields)
     check.validate(config, jax.device_count())
-    run_import(config, workdir, params)
-    flags = " ".join(f"--config.autoencoder.{name}={str(value).replace(' ', '')!r}" for name, value in fields.items())
-    meshes.say(f"imported {source} to {workdir}; for latent diffusion: --config.autoencoder.path={workdir} {flags}")
+    if config.experiment != "vae":
+        if config.experiment == "ldm":
+            scale = config.diffusion.scaling_factor
+            allowed = "positive: what the network's pipeline multiplies latents by"
+            check.require(scale > 0, "diffusion.scaling_factor", scale, allowed)
+        params = import_unet(foreign, build_unet(config, shape[-1], num_classes), shape, str(source))
+    run_import(config, workdir, params, train, val)
+
+    def flags(values: dict[str, Any]) -> str:
+        return " ".join(f"--config.{name}={str(value).replace(' ', '')!r}" for name, value in values.items())
+
+    if config.experiment == "vae":
+        hint = f"for latent diffusion: --config.autoencoder.path={workdir} {flags(fields)}"
+    else:
+        d = config.diffusion
+        betas = "" if d.schedule == "cosine" else f", betas {d.beta_start:g} to {d.beta_end:g}"
+        changed = flags({name: value for name, value in fields.items() if preset[name] != value})
+        schedule = f"noise schedule {d.schedule}{betas} over {d.num_steps} steps"
+        hint = f"{schedule}; flags to train on, besides these: {changed}"
+    meshes.say(f"imported {source} to {workdir}; {hint}")
 
 
-def export_model(workdir: pathlib.Path, target: pathlib.Path, step: int | None) -> None:
-    """--mode=export: the averaged autoencoder of a workdir of configs/vae.py as the diffusers folder `target`."""
-    from jaxdiff.build import build_autoencoder
+def export_model(
+    workdir: pathlib.Path, target: pathlib.Path, named: str | None, overrides: dict[str, Any], step: int | None
+) -> None:
+    """--mode=export: the networks of a workdir, with the averaged or (sample.weights) raw parameters, as the diffusers
+    folder `target`; the other arguments, and errors, as in `sample`."""
     from jaxdiff.interop.diffusers import save_autoencoder
-    from jaxdiff.sampling import load_autoencoder
+    from jaxdiff.interop.pipeline import save_pipeline
+    from jaxdiff.sampling import load_autoencoder, load_generator
 
-    path = workdir / "config.json"
-    if not path.exists() or files.load(path).experiment != "vae":
-        raise ConfigError(f"--workdir={workdir}: must be a workdir of configs/vae.py; a latent model's own is in it")
-    config = files.load(path)
+    config = workdir_config(workdir, named, overrides)
     start()
-    params = meshes.to_host(load_autoencoder(config, workdir, meshes.make_mesh(), step))
-    if meshes.is_main():
-        save_autoencoder(build_autoencoder(config), params, config.data.image_size, target)
-    meshes.say(f"exported {workdir} to {target}; diffusers.AutoencoderKL.from_pretrained reads it")
+    mesh = meshes.make_mesh()
+    if "sample" not in config:
+        params = meshes.to_host(load_autoencoder(config, workdir, mesh, step))
+        if meshes.is_main():
+            save_autoencoder(build_autoencoder(config), params, config.data.image_size, target)
+        loads = "diffusers.AutoencoderKL.from_pretrained reads it"
+    else:
+        check.validate_sample(config)
+        generator, params, _ = load_generator(config, workdir, mesh, step)
+        decoder, autoencoder = generator.decoder, None
+        if decoder is not None:
+            autoencoder = build_autoencoder(config), meshes.to_host(decoder.params), decoder.whitening
+        params = meshes.to_host(params)
+        if meshes.is_main():
+            save_pipeline(config, generator.unet, params, generator.shape, target, autoencoder=autoencoder)
+        loads = f"diffusers.UNet2DModel.from_pretrained reads {target / 'unet'}"
+        if not config.model.conditional:
+            loads = f"diffusers.DiffusionPipeline.from_pretrained reads it, {loads}"
+    meshes.say(f"exported {workdir} to {target}; {loads}")
+
+
+def workdir_config(workdir: pathlib.Path, named: str | None, overrides: dict[str, Any]) -> ConfigDict:
+    """The config of a workdir, with `overrides` of its fields `sample.*`.
+
+    Raises: ConfigError when there is none, fields of others are given, or the --config that was `named` is another.
+    """
+    path = workdir / "config.json"
+    if not path.exists():
+        raise ConfigError(f"--workdir={workdir}: no config.json there; give the workdir of a training run")
+    config = files.load(path)
+    if named not in (None, config.name):
+        raise ConfigError(f"--config: {workdir} was made with {config.name}, not {named}; leave --config out")
+    for field in overrides:
+        if field.split(".")[0] not in files.SAMPLE_FIELDS or "sample" not in config:
+            only = "only sample.* can" if "sample" in config else "an autoencoder has nothing to sample"
+            raise ConfigError(f"--config.{field}: cannot change in --mode=sample and export; {only}")
+    config.update_from_flattened_dict(overrides)
+    return config
 
 
 def sample(workdir: pathlib.Path, named: str | None, overrides: dict[str, Any], step: int | None) -> None:
     """--mode=sample: the config is the workdir's own, with `overrides` of its fields `sample.*`.
 
-    Raises: ConfigError as well when the --config that was `named` is another than the workdir's.
+    Raises: ConfigError as in `workdir_config`, and for a workdir of an autoencoder alone.
     """
     from jaxdiff.sampling import run_sample
 
-    path = workdir / "config.json"
-    if not path.exists():
-        raise ConfigError(f"--workdir={workdir}: no config.json there; give the workdir of a training run")
-    config = files.load(path)
+    config = workdir_config(workdir, named, overrides)
     if "sample" not in config:
         raise ConfigError(f"--workdir={workdir}: holds an autoencoder alone, which has nothing to sample")
-    if named not in (None, config.name):
-        raise ConfigError(f"--config: {workdir} was made with {config.name}, not {named}; leave --config out")
-    for field in overrides:
-        if field.split(".")[0] not in files.SAMPLE_FIELDS:
-            raise ConfigError(f"--config.{field}: cannot change in --mode=sample; only sample.* can")
-    config.update_from_flattened_dict(overrides)
     start()
     check.validate_sample(config)
     for sheet in run_sample(config, workdir, step):

@@ -66,6 +66,8 @@ def validate(config: ConfigDict, num_devices: int) -> None:
         require(not weak, "sample.autoguidance", weak, "left out, but for --mode=sample")
         for score in config.eval.scores:
             require(score in SCORES, "eval.scores", score, f"among {', '.join(SCORES)}")
+            asks = score == "knn_accuracy" and not config.model.conditional
+            require(not asks, "eval.scores", score, "left out with model.conditional = False: no class is asked for")
 
 
 def validate_data(config: ConfigDict) -> None:
@@ -135,20 +137,30 @@ def _validate_autoencoder(config: ConfigDict) -> int:
 
 def _validate_unet(config: ConfigDict, size: int, size_name: str) -> None:
     m = config.model
-    _at_least(config, 1, "model.channels", "model.num_res_blocks", "model.head_dim")
-    _at_least(config, 0, "model.context_tokens")
+    _at_least(config, 1, "model.channels", "model.num_res_blocks", "model.head_dim", "model.norm_groups")
+    _at_least(config, 0, "model.context_tokens", "model.num_heads")
+    tokens = m.conditional or m.context_tokens == 0
+    require(tokens, "model.context_tokens", m.context_tokens, "0 with model.conditional = False")
+    require(m.downsample_padding in (0, 1), "model.downsample_padding", m.downsample_padding, "0 or 1")
+    require(m.norm_eps > 0, "model.norm_eps", m.norm_eps, "positive")
+    allowed = f"in [0, model.channels / 2 = {m.channels // 2})"
+    require(0 <= m.freq_shift < m.channels // 2, "model.freq_shift", m.freq_shift, allowed)
     require(0 <= m.dropout < 1, "model.dropout", m.dropout, "in [0, 1)")
     require(len(m.channel_mult) > 0, "model.channel_mult", m.channel_mult, "not empty")
     deepest = 2 ** (len(m.channel_mult) - 1)
     allowed = f"shorter: {size_name} = {size} is not a multiple of 2^(levels - 1) = {deepest}"
     require(size % deepest == 0, "model.channel_mult", m.channel_mult, allowed)
-    widths = {size // 2**i: m.channels * mult for i, mult in enumerate(m.channel_mult)}
+    widths = {size // 2**i: round(m.channels * mult) for i, mult in enumerate(m.channel_mult)}
+    for mult in m.channel_mult:
+        allowed = f"such that every level has channels: model.channels = {m.channels}"
+        require(m.channels * mult > 0.5, "model.channel_mult", m.channel_mult, allowed)
     for r in m.attention_resolutions:
         allowed = f"among the resolutions of the UNet, {', '.join(map(str, widths))}"
         require(r in widths, "model.attention_resolutions", r, allowed)
-    for r in {*m.attention_resolutions, min(widths)}:
+    field = "num_heads" if m.num_heads else "head_dim"
+    for r in {*m.attention_resolutions} | ({min(widths)} if m.mid_attention else set()):
         allowed = f"a divisor of the {widths[r]} channels at resolution {r}"
-        require(widths[r] % m.head_dim == 0, "model.head_dim", m.head_dim, allowed)
+        require(widths[r] % m[field] == 0, f"model.{field}", m[field], allowed)
 
 
 def _validate_diffusion(config: ConfigDict) -> None:
@@ -162,6 +174,12 @@ def _validate_diffusion(config: ConfigDict) -> None:
         f"in (0, beta_end = {d.beta_end})",
     )
     require(0 <= d.label_dropout < 1, "diffusion.label_dropout", d.label_dropout, "in [0, 1)")
+    require(d.scaling_factor >= 0, "diffusion.scaling_factor", d.scaling_factor, "at least 0")
+    latent = "autoencoder" in config or d.scaling_factor == 0
+    require(latent, "diffusion.scaling_factor", d.scaling_factor, "0 where there are no latents")
+    for field in ("conditional", "null_class"):
+        fits = config.model[field] or d.label_dropout == 0
+        require(fits, "diffusion.label_dropout", d.label_dropout, f"0 with model.{field} = False")
 
 
 def validate_sample(config: ConfigDict) -> None:
@@ -179,6 +197,11 @@ def validate_sample(config: ConfigDict) -> None:
     allowed = "a number, or several as in (0.,1.5), at least 0 (w in (1+w) cond - w uncond)"
     require(len(weights) > 0 and numbers, "sample.guidance", s.guidance, allowed)
     guided = max(weights) > 0
+    for field in ("conditional", "null_class"):
+        fits = config.model[field] or not guided or s.autoguidance
+        require(fits, "sample.guidance", s.guidance, f"0 with model.{field} = False, but for sample.autoguidance")
+    fits = config.model.conditional or not s.classes
+    require(fits, "sample.classes", s.classes, "empty with model.conditional = False")
     trained = not guided or d.label_dropout > 0 or s.autoguidance
     allowed = "0 with diffusion.label_dropout = 0, which trains no null class, but for sample.autoguidance"
     require(trained, "sample.guidance", s.guidance, allowed)

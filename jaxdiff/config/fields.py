@@ -126,12 +126,23 @@ def unet() -> ConfigDict:
     return ConfigDict(
         dict(
             channels=128,  # width of the first level
-            channel_mult=(1, 2, 2, 2),  # one entry a level
+            channel_mult=(1, 2, 2, 2),  # one entry a level; 0.5 and the like are possible
             num_res_blocks=2,
             attention_resolutions=(16, 8),  # feature-map heights with attention blocks
             head_dim=64,  # channels of an attention head
+            num_heads=0,  # of an attention block; 0 = as many as head_dim gives
+            mid_attention=True,  # attention at the lowest resolution, between down and up
+            conditional=True,  # on the class; without, context_tokens, label_dropout and guidance have to be 0
+            null_class=True,  # a row of the class table for "no class", which guidance and label_dropout need
             context_tokens=4,  # that a class is embedded to for cross-attention; 0 = no cross-attention
             dropout=0.0,
+            learned_variance=False,  # twice the output channels, as ADM has; such networks can be sampled only
+            scale_shift_norm=True,  # timestep and class scale and shift the norms (ADM); False = are added (DDPM)
+            resblock_updown=True,  # residual blocks halve and double the resolution (ADM); False = convolutions (DDPM)
+            downsample_padding=1,  # of these convolutions: 1 = on all sides; 0 = bottom and right only (DDPM's code)
+            norm_groups=32,  # of GroupNorm; fewer where they do not divide the channels
+            norm_eps=1e-5,  # added to GroupNorm's variances
+            freq_shift=0.0,  # frequencies of the timestep are 10000^(-i / (channels / 2 - freq_shift)); DDPM's code: 1
         )
     )
 
@@ -145,6 +156,7 @@ def diffusion() -> ConfigDict:
             beta_start=2e-4,  # at T = 1000, as beta_end; the cosine schedule has neither
             beta_end=0.02,
             label_dropout=0.1,  # share of labels replaced by the null class; guidance needs some
+            scaling_factor=0.0,  # latents are multiplied by it; 0 = whitened by each channel's measured mean and std
         )
     )
 

@@ -66,8 +66,9 @@ def import_params(tensors: Mapping[str, np.ndarray], abstract: Any, names: Names
                 missing.append(name)
                 continue
             value = rest.pop(name)
-            if value.shape == (*expected, 1, 1):  # attention as 1x1 convolutions, as latent-diffusion has it
-                value = value[..., 0, 0]
+            ones = (1,) * (value.ndim - len(expected))
+            if value.shape == (*expected, *ones):  # attention as convolutions of size 1, as latent-diffusion and ADM
+                value = value.reshape(expected)
             if value.shape != expected:
                 misshapen.append(f"{name} {list(value.shape)}, not {list(expected)}")
                 continue

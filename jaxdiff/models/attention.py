@@ -32,8 +32,8 @@ def attend(
 class Attention(nn.Module):
     """Residual multi-head attention of a feature map to itself, or to `context` tokens when they are given.
 
-    The output projection starts at zero, so that a new block is the identity. `head_dim` must divide the
-    channels; 0 means one head.
+    The output projection starts at zero, so that a new block is the identity. There are `num_heads` heads, or where
+    that is 0 as many as have `head_dim` channels each (0 = one); they must divide the channels.
     """
 
     head_dim: int
@@ -41,13 +41,14 @@ class Attention(nn.Module):
     zero_init: bool = True
     eps: float = 1e-5
     norm_groups: int = 32
+    num_heads: int = 0
 
     @nn.compact
     def __call__(
         self, x: Float[Array, "batch h w c"], context: Float[Array, "batch m e"] | None = None
     ) -> Float[Array, "batch h w c"]:
         b, height, width, c = x.shape
-        heads = c // self.head_dim if self.head_dim else 1
+        heads = self.num_heads or (c // self.head_dim if self.head_dim else 1)
         h = group_norm(c, self.dtype, self.eps, "norm", self.norm_groups)(x).reshape(b, height * width, c)
 
         def dense(features: int, name: str) -> nn.Dense:

@@ -14,14 +14,15 @@ DEFAULT_KERNEL = nn.initializers.lecun_normal()
 
 
 def timestep_embedding(
-    t: Float[Array, " batch"], dim: int, max_period: float = 10_000.0
+    t: Float[Array, " batch"], dim: int, max_period: float = 10_000.0, freq_shift: float = 0.0
 ) -> Float[Array, "batch {dim}"]:
-    """Sinusoidal embedding [cos(t f_i), sin(t f_i)] with f_i = max_period^(-i / (dim/2)) of timesteps t.
+    """Sinusoidal embedding [cos(t f_i), sin(t f_i)] with f_i = max_period^(-i / (dim/2 - freq_shift)) of timesteps t.
 
-    Args: t in [0, T); dim, even. Source: Ho et al. 2020 (arXiv 2006.11239), in guided-diffusion's cos-first order.
+    Args: t in [0, T); dim, even; freq_shift, below dim/2: 1 in DDPM's own code, 0 in guided-diffusion.
+    Source: Ho et al. 2020 (arXiv 2006.11239), in guided-diffusion's cos-first order.
     """
     half = dim // 2
-    freqs = jnp.exp(-math.log(max_period) * jnp.arange(half, dtype=jnp.float32) / half)
+    freqs = jnp.exp(-math.log(max_period) * jnp.arange(half, dtype=jnp.float32) / (half - freq_shift))
     angles = t.astype(jnp.float32)[:, None] * freqs[None, :]
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 

@@ -1,5 +1,7 @@
 """The noise-prediction UNet of DDPM and ADM with cross-attention to condition tokens."""
 
+from typing import Any
+
 import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -22,17 +24,23 @@ class UNet(nn.Module):
     Source: ADM (arXiv 2105.05233); with `scale_shift_norm=False, resblock_updown=False` the UNet of DDPM.
 
     Attributes:
-      channels: width of the first level; level i has channels * channel_mult[i], and half its resolution.
+      channels: width of the first level; level i has channels * channel_mult[i] (rounded), and half its resolution.
       attention_resolutions: feature-map heights at which self-attention (and cross-attention) blocks stand.
-      head_dim: channels of one attention head.
+      head_dim, num_heads: channels of one attention head, or where not 0 the number of heads.
       num_classes: labels are 0..num_classes-1, and num_classes is the null label; 0 = unconditional (y unused).
+      null_class: whether the table of classes has a row for the null label.
       context_tokens: length of the token sequence that the class is embedded to for cross-attention; 0 = none.
+      scale_shift_norm: the embedding scales and shifts the second norm of a block; else it is added before that norm.
+      resblock_updown: residual blocks change the resolution; else a strided, or after upsampling a plain, convolution.
+      downsample_padding: of the strided one: 1 = on all sides; 0 = 1 on the bottom and on the right (DDPM's own code).
+      mid_attention: whether attention blocks stand in the middle too.
+      norm_groups, norm_eps: of every GroupNorm, see `group_norm`. freq_shift: of `timestep_embedding`.
       dtype: of the computation. Parameters, norm statistics and the output are float32.
     """
 
     out_channels: int
     channels: int = 128
-    channel_mult: tuple[int, ...] = (1, 2, 2, 2)
+    channel_mult: tuple[float, ...] = (1, 2, 2, 2)
     num_res_blocks: int = 2
     attention_resolutions: tuple[int, ...] = (16,)
     head_dim: int = 64
@@ -41,6 +49,13 @@ class UNet(nn.Module):
     dropout: float = 0.0
     scale_shift_norm: bool = True
     resblock_updown: bool = True
+    num_heads: int = 0
+    null_class: bool = True
+    downsample_padding: int = 1
+    mid_attention: bool = True
+    norm_groups: int = 32
+    norm_eps: float = 1e-5
+    freq_shift: float = 0.0
     dtype: Dtype = jnp.float32
 
     @nn.compact
@@ -52,17 +67,20 @@ class UNet(nn.Module):
         deterministic: bool = True,
     ) -> Float[Array, "batch h w out"]:
         emb, context = self.embed(t, y)
+        norm: dict[str, Any] = {"eps": self.norm_eps, "norm_groups": self.norm_groups}
 
         def res(features: int, name: str, resample: str = "") -> ResBlock:
-            return ResBlock(features, self.dtype, self.dropout, self.scale_shift_norm, resample=resample, name=name)
+            inner = (features, self.dtype, self.dropout, self.scale_shift_norm, resample)
+            return ResBlock(*inner, **norm, name=name)
 
         def attend(h: Array, name: str) -> Array:
-            h = Attention(self.head_dim, self.dtype, name=f"{name}_attn")(h)
+            heads: dict[str, Any] = {"head_dim": self.head_dim, "num_heads": self.num_heads}
+            h = Attention(dtype=self.dtype, **heads, **norm, name=f"{name}_attn")(h)
             if context is not None:
-                h = Attention(self.head_dim, self.dtype, name=f"{name}_cross")(h, context)
+                h = Attention(dtype=self.dtype, **heads, **norm, name=f"{name}_cross")(h, context)
             return h
 
-        widths = [self.channels * m for m in self.channel_mult]
+        widths = [round(self.channels * m) for m in self.channel_mult]
         last = len(widths) - 1
         h = conv3x3(widths[0], self.dtype, name="conv_in")(x.astype(self.dtype))
         skips = [h]
@@ -76,11 +94,13 @@ class UNet(nn.Module):
                 if self.resblock_updown:
                     h = res(width, f"down{i}_resample", "down")(h, emb, deterministic)
                 else:
-                    h = Downsample(width, self.dtype, name=f"down{i}_resample")(h)
+                    padding = (self.downsample_padding, 1)
+                    h = Downsample(width, self.dtype, padding, name=f"down{i}_resample")(h)
                 skips.append(h)
 
         h = res(widths[-1], "mid_res0")(h, emb, deterministic)
-        h = attend(h, "mid")
+        if self.mid_attention:
+            h = attend(h, "mid")
         h = res(widths[-1], "mid_res1")(h, emb, deterministic)
 
         for i, width in reversed(list(enumerate(widths))):
@@ -96,18 +116,19 @@ class UNet(nn.Module):
                     h = Upsample(width, self.dtype, name=f"up{i}_resample")(h)
 
         # The last convolution runs in float32: it is cheap, and the sampler would add up bfloat16's rounding of eps.
-        h = nn.silu(group_norm(h.shape[-1], jnp.float32, 1e-5, "norm_out")(h))
+        h = nn.silu(group_norm(h.shape[-1], jnp.float32, self.norm_eps, "norm_out", self.norm_groups)(h))
         return conv3x3(self.out_channels, jnp.float32, zero=True, name="conv_out")(h)
 
     def embed(self, t: Array, y: Array | None) -> tuple[Array, Array | None]:
         """Timestep (and class) embedding [B, 4 channels], and the condition tokens [B, L, 4 channels] or None."""
         dim = 4 * self.channels
-        emb = nn.Dense(dim, name="time_0")(timestep_embedding(t, self.channels))
+        emb = nn.Dense(dim, name="time_0")(timestep_embedding(t, self.channels, freq_shift=self.freq_shift))
         emb = nn.Dense(dim, name="time_1")(nn.silu(emb))
         context = None
         if self.num_classes:
-            emb = emb + nn.Embed(self.num_classes + 1, dim, name="class_emb")(y)
+            rows = self.num_classes + self.null_class
+            emb = emb + nn.Embed(rows, dim, name="class_emb")(y)
             if self.context_tokens:
-                tokens = nn.Embed(self.num_classes + 1, self.context_tokens * dim, name="class_tokens")(y)
+                tokens = nn.Embed(rows, self.context_tokens * dim, name="class_tokens")(y)
                 context = tokens.reshape(-1, self.context_tokens, dim).astype(self.dtype)
         return emb.astype(self.dtype), context

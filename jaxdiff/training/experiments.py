@@ -16,7 +16,7 @@ from jaxdiff.build import build_autoencoder
 from jaxdiff.data import Source
 from jaxdiff.models.discriminator import PatchDiscriminator
 from jaxdiff.models.perceptual import load_perceptual
-from jaxdiff.samples import columns, sample_labels
+from jaxdiff.samples import columns, label_names, sample_labels
 from jaxdiff.sampling import Decoder, Generator
 from jaxdiff.training.adversarial import Adversary, autoencoder_objective
 from jaxdiff.training.objectives import diffusion_objective
@@ -63,7 +63,7 @@ def diffusion_experiment(
     meta: dict[str, Any] = {"class_names": names, "shape": list(shape)}
     if whitening is not None:
         meta |= {"whitening": whitening._asdict(), "autoencoder": autoencoder}
-    labels = sample_labels(config.sample, names)[:GRID_IMAGES]
+    labels = sample_labels(config.sample, label_names(config, names))[:GRID_IMAGES]
 
     def init(key: Any) -> Any:
         one = jnp.zeros((1,), jnp.int32)

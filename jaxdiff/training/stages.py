@@ -16,16 +16,16 @@ from jaxdiff.build import build_autoencoder
 from jaxdiff.config import files
 from jaxdiff.config.check import require
 from jaxdiff.data import load_source
-from jaxdiff.data.latents import Encoding, encode_sources, latent_root, params_hash
+from jaxdiff.data.latents import Encoding, Whitening, encode_sources, latent_root, params_hash
 from jaxdiff.data.sources import Source
 from jaxdiff.evaluation import reconstruction
 from jaxdiff.evaluation.scores import SCORES
 from jaxdiff.keys import named_key
 from jaxdiff.mesh import say
-from jaxdiff.samples import sample_labels, save_samples
+from jaxdiff.samples import label_names, sample_labels, save_samples
 from jaxdiff.sampling import Decoder, Generator, check_autoencoder, load_autoencoder
 from jaxdiff.training.checkpoint import Checkpoints
-from jaxdiff.training.experiments import autoencoder_experiment, diffusion_experiment
+from jaxdiff.training.experiments import Experiment, autoencoder_experiment, diffusion_experiment
 from jaxdiff.training.loop import Result, fit
 from jaxdiff.training.optimizer import recipe_optimizer, total_steps
 from jaxdiff.training.step import new_state
@@ -45,13 +45,7 @@ def run_train(config: ConfigDict, workdir: pathlib.Path, *, stop_at: int | None 
     if config.experiment == "vae":
         scores = _train_autoencoder(config, workdir, train, val, mesh, stop_at)
     else:
-        decoder, folder, data = None, "", (train, val)
-        if config.experiment == "ldm":
-            folder = config.autoencoder.path and str(pathlib.Path(config.autoencoder.path).resolve()) or "autoencoder"
-            decoder, data = _latent_stages(config, workdir, train, val, mesh)
-        experiment, generator = diffusion_experiment(
-            config, data[0], data[1], mesh, decoder=decoder, autoencoder=folder
-        )
+        experiment, generator = _diffusion_stage(config, workdir, train, val, mesh)
         result = fit(experiment, config, workdir, mesh, stop_at=stop_at)
         scores = _finish(config, workdir, generator, result, train, val)
     if meshes.is_main():
@@ -73,7 +67,9 @@ def _check(config: ConfigDict, train: Source) -> None:
         allowed = f"less than the {total} steps of the run"
         require(recipe.warmup_steps < total, f"{prefix}warmup_steps", recipe.warmup_steps, allowed)
     if "sample" in config:
-        sample_labels(config.sample, train.class_names)
+        sample_labels(config.sample, label_names(config, train.class_names))
+        allowed = "False in --mode=train: there is no loss for the variance"
+        require(not config.model.learned_variance, "model.learned_variance", True, allowed)
 
 
 def vae_config(config: ConfigDict) -> ConfigDict:
@@ -83,6 +79,17 @@ def vae_config(config: ConfigDict) -> ConfigDict:
     vae.autoencoder = ConfigDict({k: v for k, v in config.autoencoder.items() if k not in ("path", "latents", "train")})
     vae.update(config.autoencoder.train)
     return vae
+
+
+def _diffusion_stage(
+    config: ConfigDict, workdir: pathlib.Path, train: Source, val: Source, mesh: Mesh
+) -> tuple[Experiment, Generator]:
+    """The UNet's training, after the stages that it builds on: none in pixels."""
+    if config.experiment == "ddpm":
+        return diffusion_experiment(config, train, val, mesh)
+    folder = config.autoencoder.path and str(pathlib.Path(config.autoencoder.path).resolve()) or "autoencoder"
+    decoder, latents = _latent_stages(config, workdir, train, val, mesh)
+    return diffusion_experiment(config, *latents, mesh, decoder=decoder, autoencoder=folder)
 
 
 def _latent_stages(
@@ -144,6 +151,8 @@ def encode_data(
     data = config.data
     latents, whitening = encode_sources(root, sources, encoding, mesh, cache_gb=data.cache_gb, threads=data.threads)
     say(f"latents of {len(train):,} training and {len(val):,} validation images: {root}")
+    if scale := config.diffusion.scaling_factor:
+        whitening = Whitening([0.0] * model.latent_channels, [1 / scale] * model.latent_channels)
     return Decoder(params, whitening), (latents["train"], latents["val"])
 
 
@@ -155,14 +164,16 @@ def run_encode(config: ConfigDict, workdir: pathlib.Path) -> None:
     encode_data(config, folder, train, val, mesh)
 
 
-def run_import(config: ConfigDict, workdir: pathlib.Path, params: Any) -> None:
-    """Make the workdir of an autoencoder's training that has these parameters, and no step behind it."""
+def run_import(config: ConfigDict, workdir: pathlib.Path, params: Any, train: Source, val: Source) -> None:
+    """Make the workdir of a training of `config` that has these parameters, and no step behind it."""
     mesh = meshes.make_mesh()
-    train, val = load_source(config.data, "train"), load_source(config.data, "val")
     if meshes.is_main():
         files.claim_workdir(config, workdir)
     meshes.barrier("imported")
-    experiment = autoencoder_experiment(config, train, val, mesh)
+    if config.experiment == "vae":
+        experiment = autoencoder_experiment(config, train, val, mesh)
+    else:
+        experiment, _ = _diffusion_stage(config, workdir, train, val, mesh)
     optimizer, _ = recipe_optimizer(config, total_steps(config, len(train)))
     create = functools.partial(new_state, optimizer=optimizer, critic=experiment.objective.critic)
     key = named_key(config.seed, "init")
@@ -183,7 +194,7 @@ def _finish(
 ) -> dict[str, float]:
     """Draw the final samples, score them, and say where everything is."""
     settings = config.sample
-    labels = sample_labels(settings, train.class_names)
+    labels = sample_labels(settings, label_names(config, train.class_names))
     begin = time.monotonic()
     params = result.state.ema if settings.weights == "ema" else result.state.params
     samples = generator(params, settings, labels)
@@ -194,9 +205,11 @@ def _finish(
     protocol = f"{len(labels)} samples, {settings.sampler} {settings.steps} steps, w = {settings.guidance:g}, "
     say(f"{_table(scores)}  ({protocol}{settings.weights} weights, seed {settings.seed}, drawn in {seconds:.1f} s)")
     if meshes.is_main():
-        sheet = save_samples(workdir / "samples" / "final", np.asarray(samples), labels, settings)
+        named = labels if config.model.conditional else None
+        sheet = save_samples(workdir / "samples" / "final", np.asarray(samples), named, settings)
         say(f"sample grid: {sheet}")
-    say(f"more samples: python -m jaxdiff.main --mode=sample --workdir={workdir} --config.sample.guidance=3.0")
+    change = "guidance=3.0" if config.diffusion.label_dropout else "seed=1"
+    say(f"more samples: python -m jaxdiff.main --mode=sample --workdir={workdir} --config.sample.{change}")
     return scores
 
 

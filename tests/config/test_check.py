@@ -30,6 +30,17 @@ WRONG = [
     ("ddpm", "model.channel_mult", (), "not empty"),
     ("ddpm", "model.head_dim", 24, "divisor of the 64 channels"),
     ("ddpm", "model.dropout", 1.0, "in [0, 1)"),
+    ("ddpm", "model.num_heads", 3, "divisor of the 64 channels"),
+    ("ddpm", "model.num_heads", -1, "at least 0"),
+    ("ddpm", "model.channel_mult", (1, 0.01), "every level has channels"),
+    ("ddpm", "model.downsample_padding", 2, "0 or 1"),
+    ("ddpm", "model.norm_groups", 0, "at least 1"),
+    ("ddpm", "model.norm_eps", 0.0, "positive"),
+    ("ddpm", "model.freq_shift", 16.0, "[0, model.channels / 2 = 16)"),
+    ("ddpm", "model.conditional", False, None),
+    ("ddpm", "diffusion.scaling_factor", 0.18215, "0 where there are no latents"),
+    ("ldm", "diffusion.scaling_factor", -1.0, "at least 0"),
+    ("ddpm", "model.null_class", False, None),
     ("ddpm", "diffusion.schedule", "cosin", "did you mean 'cosine'"),
     ("ddpm", "diffusion.num_steps", 1, "at least 2"),
     ("ddpm", "diffusion.beta_start", 0.5, "beta_end"),
@@ -107,7 +118,7 @@ def test_imagenet100_is_the_mission_s_recipe(experiment):
     recipe = {field: config[field] for field in ("lr", "weight_decay", "clip_norm", "epochs", "steps", "warmup_steps")}
     assert recipe == dict(lr=1e-4, weight_decay=1e-4, clip_norm=1.0, epochs=50.0, steps=0, warmup_steps=0)
     diffusion = dict(schedule="linear", num_steps=1000, beta_start=2e-4, beta_end=0.02, label_dropout=0.1)
-    assert config.diffusion.to_dict() == diffusion
+    assert config.diffusion.to_dict() == {**diffusion, "scaling_factor": 0.0}
     assert config.data.image_size == 128
 
 
@@ -152,6 +163,28 @@ def test_several_weights_of_guidance():
         check.validate_sample(config)
     config.sample.autoguidance = "runs/weak"  # which needs no null class
     check.validate_sample(config)
+
+
+def test_labels_that_the_network_does_not_take():
+    config = config_of("ldm")
+    config.model.conditional = False
+    wanted = [
+        ("model.context_tokens", 0, "4: must be 0 with model.conditional = False"),
+        ("diffusion.label_dropout", 0.0, "0.1: must be 0 with model.conditional = False"),
+        ("sample.guidance", 0.0, "2.0: must be 0 with model.conditional = False"),
+        ("eval.scores", (), "'knn_accuracy': must be left out with model.conditional = False"),
+    ]
+    for field, value, line in wanted:
+        with pytest.raises(ConfigError, match=f"config.{field} = {line}"):
+            check.validate(config, 8)
+        config.update_from_flattened_dict({field: value})
+    check.validate(config, 8)
+    config.sample.classes = "3"
+    with pytest.raises(ConfigError, match="config.sample.classes = '3': must be empty with model.conditional = False"):
+        check.validate(config, 8)
+    config.model.conditional, config.model.null_class, config.sample.guidance = True, False, 1.0
+    with pytest.raises(ConfigError, match="config.sample.guidance = 1.0: must be 0 with model.null_class = False"):
+        check.validate(config, 8)
 
 
 def test_unknown_data_set():

@@ -143,12 +143,12 @@ def test_files_that_are_none(tmp_path):
 def test_import_encode_and_export(tiny, tmp_path):
     """The workdir holds the imported weights, encodes with them, can be trained on, and is exported."""
     source = folder_of("f4", tmp_path / "in")
-    startup.import_model(tiny("vae"), tmp_path / "run", source)
-    startup.export_model(tmp_path / "run", tmp_path / "out", None)
+    startup.import_model(tiny("vae"), tmp_path / "run", source, {})
+    startup.export_model(tmp_path / "run", tmp_path / "out", None, {}, None)
     before, after = tensors_of("f4"), load_file(tmp_path / "out" / WEIGHTS)
     assert all(before[key].tobytes() == after[key].tobytes() for key in before)
     with pytest.raises(ConfigError, match="run: exists and is not empty"):
-        startup.import_model(tiny("vae"), tmp_path / "run", source)
+        startup.import_model(tiny("vae"), tmp_path / "run", source, {})
 
     fields, params = load_autoencoder(source)
     ldm = tiny("ldm")
@@ -175,11 +175,13 @@ def test_import_encode_and_export(tiny, tmp_path):
     for tree in (state.params, state.ema):
         assert jax.tree.all(jax.tree.map(lambda a, b: (a == b).all(), tree, params))
     with pytest.raises(ConfigError, match="--step=7: .* has steps 0"):
-        startup.export_model(tmp_path / "run", tmp_path / "later", 7)
+        startup.export_model(tmp_path / "run", tmp_path / "later", None, {}, 7)
 
 
-def test_only_autoencoders(tiny, tmp_path):
-    with pytest.raises(ConfigError, match="ldm-digits is no autoencoder; give --config=configs/vae.py"):
-        startup.import_model(tiny("ldm"), tmp_path / "run", folder_of("f4", tmp_path / "in"))
-    with pytest.raises(ConfigError, match="must be a workdir of configs/vae.py"):
-        startup.export_model(tmp_path / "run", tmp_path / "out", None)
+def test_only_what_there_is(tiny, tmp_path):
+    folder_of("f4", tmp_path / "in")
+    with pytest.raises(ConfigError, match="config.autoencoder.channels = 8: must be 16, as in .*in, or left out"):
+        startup.import_model(tiny("vae"), tmp_path / "run", tmp_path / "in", {"autoencoder.channels": 8})
+    with pytest.raises(ConfigError, match="run: no config.json there"):
+        startup.export_model(tmp_path / "run", tmp_path / "out", None, {}, None)
+    assert not (tmp_path / "run").exists() and not (tmp_path / "out").exists()
