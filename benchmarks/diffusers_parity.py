@@ -28,7 +28,8 @@ from absl import logging
 from jaxdiff import diffusion, startup
 from jaxdiff import mesh as meshes
 from jaxdiff.keys import named_key
-from jaxdiff.sampling import label_names, load_generator, sample_labels
+from jaxdiff.samples import label_names, sample_labels
+from jaxdiff.sampling import load_generator
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ from jaxdiff.diffusion import Schedule, make_schedule
 from jaxdiff.models import AutoencoderKL, UNet
 
 # The fields `autoencoder` that make the network; the others are of its loss.
-ARCHITECTURE = ("channels", "channel_mult", "num_res_blocks", "latent_channels", "norm_groups")
+ARCHITECTURE = ("channels", "channel_mult", "num_res_blocks", "attention_levels", "latent_channels", "norm_groups")
 
 
 def compute_dtype(config: ConfigDict) -> Any:

@@ -29,6 +29,7 @@ def define_flags() -> None:
     flags.DEFINE_integer("step", None, "Checkpoint to sample from, or to export; default the newest.")
     flags.DEFINE_string("from", None, "--mode=import: folder with a model of diffusers or ADM.")
     flags.DEFINE_string("to", None, "--mode=export: folder to write.")
+    flags.DEFINE_enum("format", None, ["diffusers"], "--mode=export: of the folder; default diffusers.")
 
 
 def parse(argv: list[str]) -> list[str]:
@@ -56,6 +57,8 @@ def run(argv: list[str]) -> None:
     for flag, mode in (("from", "import"), ("to", "export")):
         if (args[flag].value is None) == (args.mode == mode):
             raise ConfigError(f"--{flag}={args[flag].value or ''}: must be given with --mode={mode}, and only there")
+    if args.format and args.mode != "export":
+        raise ConfigError(f"--format={args.format}: must be given with --mode=export only")
     # The libraries' running commentary; XLA's while it tries out GPU kernels cannot be turned off later.
     logging.set_verbosity(logging.ERROR)
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")

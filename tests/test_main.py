@@ -67,6 +67,7 @@ def fails(*arguments, cwd):
         (["--step=3"], ["--step=3", "--mode=sample"]),
         (["--mode=import"], ["--from", "must be given with --mode=import"]),
         (["--to=x"], ["--to=x", "only there"]),
+        (["--format=diffusers"], ["--format=diffusers", "export only"]),
         (["--mode=import", "--from=none", f"--config={ROOT}/configs/vae.py"], ["none", "config.json"]),
     ],
 )

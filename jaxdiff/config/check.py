@@ -118,6 +118,9 @@ def _validate_autoencoder(config: ConfigDict) -> int:
         "autoencoder.norm_groups",
     )
     require(len(a.channel_mult) > 0, "autoencoder.channel_mult", a.channel_mult, "not empty")
+    for level in a.attention_levels:
+        known = level in range(len(a.channel_mult))
+        require(known, "autoencoder.attention_levels", level, f"in 0..{len(a.channel_mult) - 1}")
     factor = 2 ** (len(a.channel_mult) - 1)
     size = config.data.image_size
     require(size % factor == 0, "data.image_size", size, f"a multiple of the autoencoder's downsampling, {factor}")

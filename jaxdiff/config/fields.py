@@ -81,6 +81,7 @@ def autoencoder(dataset: str) -> ConfigDict:
             channels=128,  # width of the first level
             channel_mult=(1, 2, 4),  # one entry a level; f = 2^(levels - 1)
             num_res_blocks=2,
+            attention_levels=(),  # with attention, 0 = full resolution; (4,) in the f16 of latent diffusion
             latent_channels=3,
             norm_groups=32,  # of GroupNorm; fewer where they do not divide the channels
             kl_weight=1e-6,  # of the KL (nats an image) beside the summed absolute error

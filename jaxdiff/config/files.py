@@ -26,6 +26,7 @@ ADDED_FIELDS = {
     "data.name": "",
     "data.classes": "",
     "autoencoder.norm_groups": 32,
+    "autoencoder.attention_levels": (),
     "autoencoder.perceptual_weight": 0.0,
     "autoencoder.lpips": "",
     "autoencoder.disc_weight": 0.0,

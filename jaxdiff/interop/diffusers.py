@@ -24,6 +24,7 @@ AUTOENCODER_FIXED = {
     "use_quant_conv": True,
     "use_post_quant_conv": True,
 }
+BLOCKS = {"down_block_types": "DownEncoderBlock2D", "up_block_types": "UpDecoderBlock2D"}  # with Attn before, or not
 INNER = {
     "norm_in": ["norm1"],
     "conv_in": ["conv1"],
@@ -127,13 +128,22 @@ def autoencoder_fields(config: Mapping[str, Any], where: str) -> dict[str, Any]:
     widths = config["block_out_channels"]
     if any(width % widths[0] for width in widths):
         raise ConfigError(f"--from={where}: block_out_channels = {widths!r} must be multiples of the first")
-    for name, block in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
-        if other := set(config.get(name, [block])) - {block}:
-            raise ConfigError(f"--from={where}: {name} with {other.pop()!r} are not supported, only {block!r}")
+    levels = []
+    for name, block in BLOCKS.items():
+        types = config.get(name, [block] * len(widths))
+        if other := set(types) - {block, f"Attn{block}"}:
+            found = other.pop()
+            raise ConfigError(
+                f"--from={where}: {name} with {found!r} are not supported, only {block!r} and 'Attn{block}'"
+            )
+        levels.append([i for i, kind in enumerate(types[:: 1 if name == "down_block_types" else -1]) if kind != block])
+    if levels[0] != levels[1]:
+        raise ConfigError(f"--from={where}: down_block_types and up_block_types must have attention at the same levels")
     return {
         "channels": widths[0],
         "channel_mult": tuple(width // widths[0] for width in widths),
         "num_res_blocks": config["layers_per_block"],
+        "attention_levels": tuple(levels[0]),
         "latent_channels": config["latent_channels"],
         "norm_groups": config.get("norm_num_groups", 32),
     }
@@ -160,13 +170,14 @@ def autoencoder_config(model: AutoencoderKL, sample_size: int) -> dict[str, Any]
     """config.json of an autoencoder; ConfigError when diffusers has no such GroupNorm."""
     widths = [model.channels * mult for mult in model.channel_mult]
     check_groups("autoencoder", model.norm_groups, widths)
-    levels = len(widths)
+    attn = ["Attn" if level in model.attention_levels else "" for level in range(len(widths))]
+    types = {name: [f"{a}{block}" for a in attn] for name, block in BLOCKS.items()}
+    types["up_block_types"].reverse()
     return {
         "_class_name": "AutoencoderKL",
         **AUTOENCODER_FIXED,
         "block_out_channels": widths,
-        "down_block_types": ["DownEncoderBlock2D"] * levels,
-        "up_block_types": ["UpDecoderBlock2D"] * levels,
+        **types,
         "latent_channels": model.latent_channels,
         "layers_per_block": model.num_res_blocks,
         "norm_num_groups": model.norm_groups,

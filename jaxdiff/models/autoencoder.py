@@ -34,6 +34,7 @@ class Encoder(nn.Module):
     channels: int
     channel_mult: tuple[int, ...]
     num_res_blocks: int
+    attention_levels: tuple[int, ...]
     latent_channels: int
     norm_groups: int
     dtype: Dtype
@@ -45,6 +46,8 @@ class Encoder(nn.Module):
             width = self.channels * mult
             for j in range(self.num_res_blocks):
                 h = _res(width, self.norm_groups, self.dtype, f"down{i}_res{j}")(h)
+                if i in self.attention_levels:
+                    h = _attention(self.norm_groups, self.dtype, f"down{i}_{j}_attn")(h)
             if i < len(self.channel_mult) - 1:
                 h = Downsample(width, self.dtype, padding=(0, 1), name=f"down{i}_resample")(h)
         h = _middle(h, self.norm_groups, self.dtype)
@@ -59,6 +62,7 @@ class Decoder(nn.Module):
     channels: int
     channel_mult: tuple[int, ...]
     num_res_blocks: int
+    attention_levels: tuple[int, ...]
     out_channels: int
     norm_groups: int
     dtype: Dtype
@@ -71,6 +75,8 @@ class Decoder(nn.Module):
             width = self.channels * mult
             for j in range(self.num_res_blocks + 1):
                 h = _res(width, self.norm_groups, self.dtype, f"up{i}_res{j}")(h)
+                if i in self.attention_levels:
+                    h = _attention(self.norm_groups, self.dtype, f"up{i}_{j}_attn")(h)
             if i > 0:
                 h = Upsample(width, self.dtype, name=f"up{i}_resample")(h)
         return conv3x3(self.out_channels, self.dtype, name="conv_out")(_norm_act(h, self.norm_groups, self.dtype))
@@ -79,10 +85,11 @@ class Decoder(nn.Module):
 class AutoencoderKL(nn.Module):
     """Autoencoder with a Gaussian latent; `encode(image) -> Posterior` and `decode(z) -> image`.
 
-    Source: Rombach et al. 2022 (arXiv 2112.10752), the architecture of its f4 / f8 models:
-    channels 128, num_res_blocks 2, channel_mult (1, 2, 4) and 3 latent channels, or (1, 2, 4, 4) and 4.
+    Source: Rombach et al. 2022 (arXiv 2112.10752), the architecture of its f4, f8 and f16 models: channels 128,
+    num_res_blocks 2; channel_mult (1, 2, 4) and 3 latent channels, (1, 2, 4, 4) and 4, or (1, 1, 2, 2, 4) and 16.
 
     Attributes:
+      attention_levels: with attention after every residual block, 0 being the full resolution; the f16 has (4,).
       latent_channels: z; image_channels: of the image in [-1, 1].
       dtype: of the computation; the posterior and the decoded image are float32.
     """
@@ -91,12 +98,13 @@ class AutoencoderKL(nn.Module):
     channels: int = 128
     channel_mult: tuple[int, ...] = (1, 2, 4)
     num_res_blocks: int = 2
+    attention_levels: tuple[int, ...] = ()
     image_channels: int = 3
     norm_groups: int = 32
     dtype: Dtype = jnp.float32
 
     def setup(self) -> None:
-        shape = (self.channels, self.channel_mult, self.num_res_blocks)
+        shape = (self.channels, self.channel_mult, self.num_res_blocks, self.attention_levels)
         self.encoder = Encoder(*shape, self.latent_channels, self.norm_groups, self.dtype)
         self.decoder = Decoder(*shape, self.image_channels, self.norm_groups, self.dtype)
         self.quant_conv = nn.Conv(2 * self.latent_channels, (1, 1))
@@ -129,10 +137,14 @@ def _res(width: int, groups: int, dtype: Dtype, name: str) -> ResBlock:
     return ResBlock(width, dtype, zero_init=False, eps=NORM_EPS, norm_groups=groups, name=name)
 
 
+def _attention(groups: int, dtype: Dtype, name: str) -> Attention:
+    return Attention(0, dtype, zero_init=False, eps=NORM_EPS, norm_groups=groups, name=name)
+
+
 def _middle(h: Array, groups: int, dtype: Dtype) -> Array:
     width = h.shape[-1]
     h = _res(width, groups, dtype, "mid_res0")(h)
-    h = Attention(0, dtype, zero_init=False, eps=NORM_EPS, norm_groups=groups, name="mid_attn")(h)
+    h = _attention(groups, dtype, "mid_attn")(h)
     return _res(width, groups, dtype, "mid_res1")(h)
 
 

@@ -73,6 +73,7 @@ WRONG = [
     ("ddpm", "sample.batch_size", 0, "at least 1"),
     ("ddpm", "eval.scores", ("fid",), "knn_accuracy"),
     ("ldm", "autoencoder.channel_mult", (), "not empty"),
+    ("ldm", "autoencoder.attention_levels", (4,), "in 0..3"),
     ("ldm", "autoencoder.train.batch_size", 12, "multiple of 8"),
     ("ldm", "autoencoder.train.lr", -1.0, "positive"),
     ("ldm", "data.image_size", 36, "multiple of the autoencoder's downsampling, 8"),
@@ -134,7 +135,7 @@ def test_one_line_names_field_value_and_what_is_allowed(experiment, field, value
     if allowed is None:  # two fields contradict each other: either may be named, the other is in the line
         assert field.split(".")[-1] in line
     else:
-        shown = value[-1] if isinstance(value, tuple) and field.endswith(("resolutions", "scores")) else value
+        shown = value[-1] if isinstance(value, tuple) and field.endswith(("resolutions", "scores", "levels")) else value
         assert f"config.{field} = {shown!r}: must be" in line
         assert allowed in line
 

@@ -15,6 +15,14 @@ SCHEDULER_PATH, SCHEDULER_STEPS = FOLDER / "diffusers_schedulers.npz", 20
 CONFIGS = {
     "f4": {"block_out_channels": [16, 32, 64], "latent_channels": 3, "layers_per_block": 2, "norm_num_groups": 8},
     "f8": {"block_out_channels": [32, 32, 64, 64], "latent_channels": 4, "layers_per_block": 1},
+    "f2 with attention": {
+        "block_out_channels": [16, 32],
+        "latent_channels": 2,
+        "layers_per_block": 1,
+        "norm_num_groups": 8,
+        "down_block_types": ["DownEncoderBlock2D", "AttnDownEncoderBlock2D"],
+        "up_block_types": ["AttnUpDecoderBlock2D", "UpDecoderBlock2D"],
+    },
 }
 UNETS = {
     # DDPM's blocks, heads of several channels, 10 classes and the null class.
@@ -103,7 +111,7 @@ def record_autoencoders():
     for name, fields in CONFIGS.items():
         levels = len(fields["block_out_channels"])
         blocks = {"down_block_types": ["DownEncoderBlock2D"] * levels, "up_block_types": ["UpDecoderBlock2D"] * levels}
-        model, shapes = with_weights(diffusers.AutoencoderKL(**fields, **blocks))
+        model, shapes = with_weights(diffusers.AutoencoderKL(**blocks | fields))
         posterior = model.encode(to_torch(image)).latent_dist
         out |= {
             f"{name}/config": np.array(json.dumps(dict(model.config))),

@@ -103,7 +103,8 @@ def test_half_precision(tmp_path):
         ({"block_out_channels": [16, 24, 64]}, ["block_out_channels"]),
         ({"block_out_channels": []}, ["must give block_out_channels"]),
         ({"layers_per_block": None}, ["must give layers_per_block"]),
-        ({"down_block_types": ["DownEncoderBlock2D", "AttnDownEncoderBlock2D"]}, ["AttnDownEncoderBlock2D"]),
+        ({"down_block_types": ["DownEncoderBlock2D", "KDownBlock2D"]}, ["KDownBlock2D"]),
+        ({"down_block_types": [*["DownEncoderBlock2D"] * 2, "AttnDownEncoderBlock2D"]}, ["at the same levels"]),
     ],
 )
 def test_options_that_we_do_not_have(tmp_path, change, words):

@@ -41,6 +41,18 @@ def test_autoencoder_parameter_counts(z, mult, count):
     assert decoded.shape == (1, 32, 32, 3)
 
 
+def test_f16():
+    model = AutoencoderKL(16, channel_mult=(1, 1, 2, 2, 4), attention_levels=(4,))
+    params = jax.eval_shape(model.init, KEY, jnp.zeros((1, 64, 64, 3)), jnp.zeros((1, 4, 4, 16)))
+    decoded, posterior = jax.eval_shape(model.apply, params, jnp.zeros((1, 64, 64, 3)), jnp.zeros((1, 4, 4, 16)))
+    assert decoded.shape == (1, 64, 64, 3) and posterior.mean.shape == (1, 4, 4, 16)
+    attentions = {part: [n for n in params["params"][part] if n.endswith("_attn")] for part in ("encoder", "decoder")}
+    assert {part: sorted(names) for part, names in attentions.items()} == {
+        "encoder": ["down4_0_attn", "down4_1_attn", "mid_attn"],
+        "decoder": ["mid_attn", "up4_0_attn", "up4_1_attn", "up4_2_attn"],
+    }
+
+
 SMALL = dict(channels=16, channel_mult=(1, 2), num_res_blocks=1, attention_resolutions=(4,), head_dim=16)
 
 
