@@ -30,7 +30,7 @@ def autoencoder_objective(
     model: AutoencoderKL,
     *,
     kl_weight: float,
-    perceptual: Perceptual,
+    perceptual: Perceptual | None = None,
     perceptual_weight: float = 0.0,
     adversary: Adversary | None = None,
 ) -> Objective:
@@ -49,12 +49,11 @@ def autoencoder_objective(
         noise = jax.random.normal(key, (b, h // f, w // f, model.latent_channels))
         return {"image": from_batch(batch), "noise": noise}
 
-    def reconstruction(decoded: Array, image: Array, frozen: Any, measure: bool) -> tuple[Array, Metrics]:
+    def reconstruction(decoded: Array, image: Array, frozen: Any) -> tuple[Array, Metrics]:
         error = jnp.abs(decoded - image).mean(axis=(1, 2, 3))
         metrics = {"psnr": psnr(decoded, image)}
-        if perceptual_weight or measure:
+        if perceptual:
             metrics[perceptual.name] = perceptual.distance(frozen, decoded, image, model.dtype)
-        if perceptual_weight:
             error = error + perceptual_weight * metrics[perceptual.name]
         return error, metrics
 
@@ -63,7 +62,7 @@ def autoencoder_objective(
     ) -> tuple[Float[Array, " batch"], Metrics]:
         output: Any = model.apply(params, inputs["image"], inputs["noise"])
         decoded, posterior = output
-        error, metrics = reconstruction(decoded, inputs["image"], frozen, key is None)
+        error, metrics = reconstruction(decoded, inputs["image"], frozen)
         if key is None:
             metrics["ssim"] = ssim(decoded, inputs["image"])
         kl = posterior.kl()
@@ -80,7 +79,7 @@ def autoencoder_objective(
             return output[0], output[1].kl().mean()
 
         def nll(x: Array, logvar: Array) -> tuple[Array, dict[str, Array]]:
-            error, metrics = reconstruction(x, image, frozen, False)
+            error, metrics = reconstruction(x, image, frozen)
             metrics = {name: value.mean() for name, value in {"loss": error, **metrics}.items()}
             return metrics["loss"] / jnp.exp(logvar) + logvar, metrics
 
@@ -110,7 +109,7 @@ def autoencoder_objective(
         }
 
     critic = None if adversary is None else Critic(init, gradient)
-    return Objective(prepare, loss, perceptual.params, critic)
+    return Objective(prepare, loss, perceptual.params if perceptual else (), critic)
 
 
 class Game(NamedTuple):

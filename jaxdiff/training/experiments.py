@@ -107,7 +107,7 @@ def autoencoder_experiment(config: ConfigDict, train: Source, val: Source, mesh:
     objective = autoencoder_objective(
         model,
         kl_weight=a.kl_weight,
-        perceptual=load_perceptual(a.lpips),
+        perceptual=load_perceptual(a.lpips) if a.perceptual_weight else None,
         perceptual_weight=a.perceptual_weight,
         adversary=adversary,
     )

@@ -6,8 +6,9 @@ import pytest
 
 from jaxdiff import images
 from jaxdiff.evaluation.frechet import Moments, frechet_distance
-from jaxdiff.evaluation.reconstruction import rfd_effnet_lite0
+from jaxdiff.evaluation.reconstruction import effnet_lite0_distance, rfd_effnet_lite0
 from jaxdiff.models import Posterior, efficientnet
+from jaxdiff.models.perceptual import effnet_distance
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (11, 16, 16, 3), np.uint8)
 
@@ -44,3 +45,7 @@ def test_as_defined(devices, monkeypatch):
     assert scores["rfd_images"] == len(IMAGES)
     assert scores["rfd_effnet_lite0"] == pytest.approx(frechet_distance(*moments), rel=1e-3)
     assert scores["rfd_effnet_lite0"] > 1
+
+    distance = effnet_lite0_distance(Blur(), np.float32(1), Source(), mesh)["effnet_lite0_distance"]
+    expected = jax.jit(effnet_distance)(efficientnet.load(), *(images.to_unit(x) for x in (IMAGES, blurred)))
+    assert distance == pytest.approx(float(expected.mean()), rel=1e-3) and distance > 0.1

@@ -9,13 +9,16 @@ import numpy as np
 import optax
 import pytest
 
+from jaxdiff.errors import Stopped
 from jaxdiff.models import Posterior
 from jaxdiff.models.discriminator import PatchDiscriminator
 from jaxdiff.models.perceptual import Perceptual
-from jaxdiff.training import adversarial
+from jaxdiff.training import adversarial, experiments
 from jaxdiff.training.adversarial import Adversary, autoencoder_objective
 from jaxdiff.training.optimizer import make_optimizer
+from jaxdiff.training.stages import run_train
 from jaxdiff.training.step import init_state, make_train_step
+from tests.training.test_resume import leaves, records
 
 
 class ToyDecoder(nn.Module):
@@ -144,7 +147,7 @@ def test_no_discriminator_before_its_start(setting):
     assert objective_of(0, 0).critic is None
 
 
-def test_validation_measures_more():
+def test_validation_measures_similarity_too():
     image = jnp.zeros((BATCH, 16, 16, 3))
     params = jax.jit(MODEL.init)(jax.random.key(0), image, jnp.zeros((BATCH, 8, 8, 2)))
     inputs = {"image": image, "noise": jnp.zeros((BATCH, 8, 8, 2))}
@@ -200,3 +203,30 @@ def test_parts_are_averaged(one_device):
     """The adaptive weight is that of each part, the rest is the same mean."""
     _, metrics = run(1, accumulate=2, steps=1)
     assert metrics[0] == pytest.approx(one_device[1][0], rel=1e-4)
+
+
+def test_an_autoencoder_and_its_discriminator(tiny, tmp_path, monkeypatch):
+    """Trained, validated and drawn; stopped before the discriminator plays, and gone on with."""
+
+    def distance(params, a, b, dtype):  # compiled in a moment
+        return jax.numpy.square(a - b).mean((1, 2, 3)) * params["w"]
+
+    monkeypatch.setattr(experiments, "load_perceptual", lambda path: Perceptual("toy", {"w": np.float32(2)}, distance))
+    config = tiny("vae")
+    config.update(steps=6, log_every=2)
+    config.data.flip = True
+    config.autoencoder.update(channels=4, channel_mult=(1, 1), perceptual_weight=0.1)
+    config.autoencoder.update(disc_weight=0.5, disc_start=0.5, disc_layers=1)
+    scores = run_train(config, tmp_path / "whole")
+    assert scores.keys() == {f"val_{name}" for name in ("loss", "kl", "psnr", "ssim", "toy")}
+    assert list((tmp_path / "whole" / "samples").glob("autoencoder-0000006-raw-ema.png"))
+    by_step = {r["step"]: r for r in records(tmp_path / "whole") if "d_loss" in r}
+    assert by_step[2]["d_loss"] == 0 and by_step[6]["d_loss"] > 0 and by_step[6]["logvar"] != 0
+
+    with pytest.raises(Stopped):
+        run_train(config, tmp_path / "parts", stop_at=3)
+    run_train(config, tmp_path / "parts")
+    (_, mine, _), (_, reference, _) = leaves(tmp_path / "parts"), leaves(tmp_path / "whole")
+    assert mine.keys() == reference.keys() and any("discriminator" in name for name in mine)
+    assert all(value.tobytes() == mine[name].tobytes() for name, value in reference.items())
+    assert records(tmp_path / "parts") == records(tmp_path / "whole")

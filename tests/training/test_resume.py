@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 
 from jaxdiff.errors import ConfigError, Stopped
-from jaxdiff.models.perceptual import Perceptual
-from jaxdiff.training import experiments, loop
+from jaxdiff.training import loop
 from jaxdiff.training.checkpoint import STATE_ITEMS, Checkpoints
 from jaxdiff.training.stages import run_train
 
@@ -95,33 +94,6 @@ def test_killed_after_a_checkpoint(tiny, tmp_path, whole, monkeypatch):
     assert {r["step"] for r in records(workdir)} >= {9, 12}
     run_train(config_of(tiny), workdir)
     assert_same(workdir, whole)
-
-
-def test_an_autoencoder_and_its_discriminator(tiny, tmp_path, monkeypatch):
-    """Trained, validated and drawn; stopped before the discriminator plays, and gone on with."""
-
-    def distance(params, a, b, dtype):  # compiled in a moment
-        return jax.numpy.square(a - b).mean((1, 2, 3)) * params["w"]
-
-    monkeypatch.setattr(experiments, "load_perceptual", lambda path: Perceptual("toy", {"w": np.float32(2)}, distance))
-    config = tiny("vae")
-    config.update(steps=6, log_every=2)
-    config.data.flip = True
-    config.autoencoder.update(channels=4, channel_mult=(1, 1), perceptual_weight=0.1)
-    config.autoencoder.update(disc_weight=0.5, disc_start=0.5, disc_layers=1)
-    scores = run_train(config, tmp_path / "whole")
-    assert scores.keys() == {f"val_{name}" for name in ("loss", "kl", "psnr", "ssim", "toy")}
-    assert list((tmp_path / "whole" / "samples").glob("autoencoder-0000006-raw-ema.png"))
-    by_step = {r["step"]: r for r in records(tmp_path / "whole") if "d_loss" in r}
-    assert by_step[2]["d_loss"] == 0 and by_step[6]["d_loss"] > 0 and by_step[6]["logvar"] != 0
-
-    with pytest.raises(Stopped):
-        run_train(config, tmp_path / "parts", stop_at=3)
-    run_train(config, tmp_path / "parts")
-    (_, mine, _), (_, reference, _) = leaves(tmp_path / "parts"), leaves(tmp_path / "whole")
-    assert mine.keys() == reference.keys() and any("discriminator" in name for name in mine)
-    assert all(value.tobytes() == mine[name].tobytes() for name, value in reference.items())
-    assert records(tmp_path / "parts") == records(tmp_path / "whole")
 
 
 def test_sigterm_saves_and_stops(tiny, tmp_path, monkeypatch):
