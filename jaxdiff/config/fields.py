@@ -90,10 +90,8 @@ def autoencoder(dataset: str) -> ConfigDict:
             disc_weight=0.5,  # of the discriminator's loss, relative to the reconstruction's gradient; 0 = none
             disc_start=0.25,  # share of the steps after which the discriminator plays
             disc_layers=3,  # of stride 2 of the discriminator, which judges patches of 16, 34, 70, ... pixels
-            scores=(
-                "rfd_effnet_lite0",
-                "effnet_lite0_distance",
-            ),  # at the end: names in jaxdiff.evaluation.reconstruction.SCORES
+            # At the end of training: names in jaxdiff.evaluation.reconstruction.SCORES.
+            scores=("rfd_effnet_lite0", "effnet_lite0_distance"),
         )
     )
     if dataset == "digits":
