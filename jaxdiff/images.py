@@ -5,7 +5,6 @@ from collections.abc import Mapping
 
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jaxtyping import Array, Float, UInt8
 from PIL import Image
 
@@ -45,20 +44,19 @@ def ssim(a: Float[Array, "batch h w c"], b: Float[Array, "batch h w c"]) -> Floa
 
     Source: Wang et al. 2004, "Image quality assessment", eq. 13, with K1 = 0.01 and K2 = 0.03.
     """
-    c = a.shape[-1]
-    width = min(11, a.shape[1] - 1 + a.shape[1] % 2, a.shape[2] - 1 + a.shape[2] % 2)
+    width = min(11, *(n - 1 + n % 2 for n in a.shape[1:3]))
     window = np.exp(-((np.arange(width) - width // 2) ** 2) / (2 * 1.5**2))
     window = window / window.sum()
 
+    def averaging(size: int) -> Float[Array, "size positions"]:
+        columns = [np.pad(window, (k, size - width - k)) for k in range(size - width + 1)]
+        return jnp.asarray(np.stack(columns, axis=1), jnp.float32)
+
+    rows, columns = (averaging(n) for n in a.shape[1:3])
+
     def local_mean(x: Array) -> Array:
-        for shape in ((width, 1, 1, 1), (1, width, 1, 1)):
-            kernel = jnp.broadcast_to(jnp.asarray(window, jnp.float32).reshape(shape), (*shape[:3], c))
-            numbers = ("NHWC", "HWIO", "NHWC")
-            highest = lax.Precision.HIGHEST  # variances are small differences of squares
-            x = lax.conv_general_dilated(
-                x, kernel, (1, 1), "VALID", dimension_numbers=numbers, feature_group_count=c, precision=highest
-            )
-        return x
+        # In full precision: variances are small differences of squares.
+        return jnp.einsum("bhwc,hi,wj->bijc", x, rows, columns, precision="highest")
 
     mean_a, mean_b = local_mean(a), local_mean(b)
     var_a, var_b = local_mean(a * a) - mean_a**2, local_mean(b * b) - mean_b**2

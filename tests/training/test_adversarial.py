@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 
+from jaxdiff import mesh as meshes
 from jaxdiff.errors import Stopped
 from jaxdiff.models import Posterior
 from jaxdiff.models.discriminator import PatchDiscriminator
@@ -212,10 +213,12 @@ def test_an_autoencoder_and_its_discriminator(tiny, tmp_path, monkeypatch):
         return jax.numpy.square(a - b).mean((1, 2, 3)) * params["w"]
 
     monkeypatch.setattr(experiments, "load_perceptual", lambda path: Perceptual("toy", {"w": np.float32(2)}, distance))
+    one = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:1])
+    monkeypatch.setattr(meshes, "make_mesh", lambda: one)  # what eight do is tested above
     config = tiny("vae")
     config.update(steps=6, log_every=2)
-    config.data.flip = True
-    config.autoencoder.update(channels=4, channel_mult=(1, 1), perceptual_weight=0.1)
+    config.data.update(flip=True, image_size=8)
+    config.autoencoder.update(channels=4, channel_mult=(1,), perceptual_weight=0.1)
     config.autoencoder.update(disc_weight=0.5, disc_start=0.5, disc_layers=1)
     scores = run_train(config, tmp_path / "whole")
     assert scores.keys() == {f"val_{name}" for name in ("loss", "kl", "psnr", "ssim", "toy")}
