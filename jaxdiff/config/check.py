@@ -131,6 +131,8 @@ def _validate_autoencoder(config: ConfigDict) -> int:
     require(fits, "autoencoder.disc_layers", a.disc_layers, f"less for images of {size} pixels")
     known = not a.lpips or pathlib.Path(a.lpips).is_file()
     require(known, "autoencoder.lpips", a.lpips, "empty, or a file with the weights of LPIPS(net='vgg')")
+    used = not a.lpips or a.perceptual_weight > 0
+    require(used, "autoencoder.lpips", a.lpips, "empty with autoencoder.perceptual_weight = 0")
     for score in a.scores:
         require(
             score in reconstruction.SCORES, "autoencoder.scores", score, f"among {', '.join(reconstruction.SCORES)}"

@@ -14,6 +14,7 @@ from jaxdiff.errors import ConfigError
 from jaxdiff.interop.tensors import Tensors, read_safetensors
 
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # first object of files made before torch 1.6
+MALFORMED = (AttributeError, EOFError, LookupError, TypeError, ValueError)  # what reading other bytes ends in
 STORAGES = {
     "FloatStorage": np.float32,
     "DoubleStorage": np.float64,
@@ -120,5 +121,5 @@ def read_state_dict(path: pathlib.Path, flag: str) -> Tensors:
     try:
         state = (_read_zip if zipfile.is_zipfile(path) else _read_legacy)(path)
         return {name: np.asarray(tensor.array(), np.float32) for name, tensor in state.items()}
-    except (pickle.UnpicklingError, AttributeError, EOFError, KeyError, IndexError, TypeError, ValueError) as error:
+    except (pickle.UnpicklingError, zipfile.BadZipFile, OSError, *MALFORMED) as error:
         raise ConfigError(f"{flag}: {path} holds no state dict of torch's, or a damaged one ({error})") from None

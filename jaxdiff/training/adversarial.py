@@ -38,7 +38,8 @@ def autoencoder_objective(
 
     That is the loss of validation, and of training without an adversary. With one, training divides the first two by
     exp(s) and adds s, a log variance that is learnt, and adds the loss of deceiving the discriminator. Its weight makes
-    its gradient at the last layer as large as that of the first two, times the adversary's weight.
+    its gradient at the last layer as large as that of the first two, times the adversary's weight (of accumulated parts
+    each has its own).
     Source: Rombach et al. 2022 (arXiv 2112.10752), section G, and Esser et al. 2021 (arXiv 2012.09841), eq. 7, where
     all is summed over the values of an image, not averaged.
     """

@@ -145,9 +145,10 @@ def make_train_step(
 def make_eval_step(
     objective: Objective, mesh: Mesh, *, seed: int
 ) -> Callable[[Params, Batch, Int[Array, ""], Any], dict[str, Array]]:
-    """Jitted (params, batch, index, frozen) -> weighted sums of the loss and metrics of samples; their sum is "weight".
+    """Jitted (params, batch, index, frozen) -> weighted sums of loss and metrics over the samples, and of weights.
 
-    The draws are a function of (seed, index): every evaluation sees the same noise.
+    The sum of the weights is called "weight". The draws are a function of (seed, index): every evaluation sees the
+    same noise.
     """
     root = named_key(seed, "eval")
 

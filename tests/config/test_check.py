@@ -86,6 +86,7 @@ WRONG = [
     ("vae", "autoencoder.disc_start", 1.5, "a share of the steps, in [0, 1]"),
     ("vae", "autoencoder.disc_layers", 0, "at least 1"),
     ("vae", "autoencoder.lpips", "nowhere.pth", "a file with the weights of LPIPS"),
+    ("vae", "autoencoder.lpips", __file__, "empty with autoencoder.perceptual_weight = 0"),
     ("vae", "autoencoder.scores", ("fid",), "among rfd_effnet_lite0, effnet_lite0_distance"),
 ]
 

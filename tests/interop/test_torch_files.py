@@ -69,6 +69,12 @@ def test_files_that_are_none(tmp_path):
             (tmp_path / "b.pth").write_bytes(data[:size])
             with pytest.raises(ConfigError, match="or a damaged one"):
                 read_state_dict(tmp_path / "b.pth", "--weights")
+    flipped = bytearray((GOLDEN / "state_dict_zip.pth").read_bytes())
+    at = flipped.index(np.random.default_rng(0).standard_normal((4, 6)).astype(np.float32).tobytes())
+    flipped[at] ^= 1
+    (tmp_path / "b.pth").write_bytes(flipped)
+    with pytest.raises(ConfigError, match="or a damaged one"):
+        read_state_dict(tmp_path / "b.pth", "--weights")
     for value in ({"a": 1}, [1], 1):
         (tmp_path / "c.pth").write_bytes(in_zip(pickle.dumps(value)))
         with pytest.raises(ConfigError, match="holds no state dict"):

@@ -45,6 +45,7 @@ def test_f16():
     model = AutoencoderKL(16, channel_mult=(1, 1, 2, 2, 4), attention_levels=(4,))
     params = jax.eval_shape(model.init, KEY, jnp.zeros((1, 64, 64, 3)), jnp.zeros((1, 4, 4, 16)))
     decoded, posterior = jax.eval_shape(model.apply, params, jnp.zeros((1, 64, 64, 3)), jnp.zeros((1, 4, 4, 16)))
+    assert count_params(params) == 69_610_963  # as in docs/autoencoder.md
     assert decoded.shape == (1, 64, 64, 3) and posterior.mean.shape == (1, 4, 4, 16)
     attentions = {part: [n for n in params["params"][part] if n.endswith("_attn")] for part in ("encoder", "decoder")}
     assert {part: sorted(names) for part, names in attentions.items()} == {
