@@ -57,4 +57,4 @@ def _kernel_sum(a: Features, b: Features, mesh: Mesh) -> float:
 
 def _add(so_far: Float[Array, " q"], queries: Array, block: Block) -> Float[Array, " q"]:
     kernel = (inner_products(queries, block["rows"]) / queries.shape[1] + 1) ** 3
-    return so_far + (kernel * block["kept"][None]).sum(axis=1)
+    return so_far + kernel @ block["kept"].astype(kernel.dtype)  # on a CPU twice as fast as sum
