@@ -60,16 +60,17 @@ def load() -> dict[str, Any]:
     for i, (_, expand) in enumerate(BLOCKS):
         names = [("_depthwise_conv", "_bn1"), ("_project_conv", "_bn2")]
         names = ([("_expand_conv", "_bn0")] if expand > 1 else []) + names
-        blocks.append([_fold(tensors, f"_blocks.{i}.{conv}", f"_blocks.{i}.{norm}") for conv, norm in names])
+        blocks.append([fold(tensors, f"_blocks.{i}.{conv}", f"_blocks.{i}.{norm}") for conv, norm in names])
     return {
-        "stem": _fold(tensors, "_conv_stem", "_bn0"),
+        "stem": fold(tensors, "_conv_stem", "_bn0"),
         "blocks": blocks,
-        "head": _fold(tensors, "_conv_head", "_bn1"),
+        "head": fold(tensors, "_conv_head", "_bn1"),
         "fc": Conv(tensors["_fc.weight"].T, tensors["_fc.bias"]),
     }
 
 
-def _fold(tensors: Tensors, conv: str, norm: str) -> Conv:
+def fold(tensors: Tensors, conv: str, norm: str) -> Conv:
+    """The convolution `conv` of a torch state dict with the batch normalisation `norm` (epsilon 1e-3) after it."""
     scale, bias, mean, variance = (tensors[f"{norm}.{n}"] for n in ("weight", "bias", "running_mean", "running_var"))
     scale = scale / np.sqrt(variance + 1e-3)
     return Conv(tensors[f"{conv}.weight"].transpose(2, 3, 1, 0) * scale, bias - mean * scale)
