@@ -140,7 +140,9 @@ def test_train_stop_go_on_sample(tmp_path):
     assert {"val_loss", "knn_accuracy", "knn_accuracy_real"} == set(scores)
     metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [m["step"] for m in metrics if "loss" in m] == list(range(1, 301))
-    assert {"loss", "lr", "grad_norm", "images_per_second", "step_time"} <= set(metrics[0])
+    assert {"loss", "lr", "grad_norm", "images_per_second", "step_time", "mfu"} <= set(metrics[0])
+    assert all(0 < m["mfu"] < 1 for m in metrics if "loss" in m)
+    assert re.search(r"\ndiffusion: \S+ MFLOP an image, peak \S+ GFLOP/s a device \(float32 matrix", done.stdout)
     assert json.loads((run / "config.json").read_text())["lr"] == 0.003
     assert list((run / "tensorboard" / "diffusion").glob("events.*"))
     assert list((run / "samples").glob("diffusion-0000300-raw-ema.png"))
