@@ -18,6 +18,7 @@ from jaxdiff.data import device_batches, eval_batches, train_batches
 from jaxdiff.errors import ConfigError, Stopped
 from jaxdiff.mesh import say
 from jaxdiff.training.checkpoint import MONITOR, Checkpoints
+from jaxdiff.training.environment import record_compilation
 from jaxdiff.training.experiments import Experiment
 from jaxdiff.training.flops import least_step_time
 from jaxdiff.training.logging import RunLogger, StepTimer
@@ -155,6 +156,7 @@ def fit(
                 seconds = time.monotonic() - begin
                 say(f"{experiment.stage}: step compiled in {seconds:.0f} s")
                 if meshes.is_main():
+                    record_compilation(workdir, experiment.stage, seconds)
                     dtype = compute_dtype(config)
                     least = least_step_time(experiment.stage, traced.jaxpr, config.batch_size, dtype, mesh.size)
                 timer.start(start)
