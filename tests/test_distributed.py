@@ -83,6 +83,8 @@ def test_two_processes_train_stop_together_and_go_on_as_one_would(tmp_path):
     assert "loss" not in second and "sample" not in second  # one process alone talks
     assert len(list((tmp_path / "run").glob("autoencoder/latents/*/manifest.json"))) == 1
     assert (tmp_path / "run" / "samples" / "final.npz").exists()
+    starts = [json.loads(line) for line in (tmp_path / "run" / "starts.jsonl").read_text().splitlines()]
+    assert [(line.get("device"), line.get("processes")) for line in starts] == [("2 x cpu", 2), (None, None)] * 2
     two = losses(tmp_path / "run")
     assert list(two) == list(range(1, STEPS + 1))
 

@@ -140,7 +140,16 @@ def test_train_stop_go_on_sample(tmp_path):
     assert {"val_loss", "knn_accuracy", "knn_accuracy_real"} == set(scores)
     metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [m["step"] for m in metrics if "loss" in m] == list(range(1, 301))
-    assert {"loss", "lr", "grad_norm", "images_per_second", "step_time"} <= set(metrics[0])
+    assert {"loss", "lr", "grad_norm", "images_per_second", "step_time", "mfu"} <= set(metrics[0])
+    assert all(0 < m["mfu"] < 1 for m in metrics if "loss" in m)
+    assert re.search(r"\ndiffusion: \S+ MFLOP an image, peak \S+ GFLOP/s a device \(float32 matrix", done.stdout)
+    starts = [json.loads(line) for line in (run / "starts.jsonl").read_text().splitlines()]
+    assert [line.get("stage") for line in starts] == [None, "diffusion"] * 2
+    assert starts[2]["command"] == "python -m jaxdiff.main --config=tiny.py:ldm --workdir=run"
+    assert (starts[2]["device"], starts[2]["processes"]) == ("1 x cpu", 1)
+    assert starts[3]["compile_seconds"] > 0 and starts[3]["time"] >= starts[0]["time"]
+    starts = [json.loads(line) for line in (run / "autoencoder" / "starts.jsonl").read_text().splitlines()]
+    assert [line.get("stage") for line in starts] == [None, "autoencoder"]
     assert json.loads((run / "config.json").read_text())["lr"] == 0.003
     assert list((run / "tensorboard" / "diffusion").glob("events.*"))
     assert list((run / "samples").glob("diffusion-0000300-raw-ema.png"))

@@ -13,11 +13,14 @@ from ml_collections import ConfigDict
 
 from jaxdiff import images
 from jaxdiff import mesh as meshes
+from jaxdiff.build import compute_dtype
 from jaxdiff.data import device_batches, eval_batches, train_batches
 from jaxdiff.errors import ConfigError, Stopped
 from jaxdiff.mesh import say
 from jaxdiff.training.checkpoint import MONITOR, Checkpoints
+from jaxdiff.training.environment import record_compilation
 from jaxdiff.training.experiments import Experiment
+from jaxdiff.training.flops import least_step_time
 from jaxdiff.training.logging import RunLogger, StepTimer
 from jaxdiff.training.optimizer import recipe_optimizer, total_steps
 from jaxdiff.training.step import TrainState, init_state, make_eval_step, make_train_step
@@ -64,8 +67,8 @@ def fit(
 ) -> Result:
     """Train a stage to its end in `workdir`, from its newest checkpoint if there is one.
 
-    `config` holds the fields of `fields.recipe()`, and seed and data. With `stop_at` it stops after that many steps.
-    Raises: Stopped on SIGTERM, SIGINT or at `stop_at`, with the state saved.
+    `config` holds the fields of `fields.recipe()`, and seed, dtype and data. With `stop_at` it stops after that many
+    steps. Raises: Stopped on SIGTERM, SIGINT or at `stop_at`, with the state saved.
     """
     total = total_steps(config, len(experiment.train))
     optimizer, schedule = recipe_optimizer(config, total)
@@ -114,7 +117,10 @@ def fit(
             return
         values = {name: float(value) for name, value in metrics.items()}
         rate = timer.lap(step)
-        logger.scalars(step, {**values, "images_per_second": rate.images_per_second, "step_time": rate.step_time})
+        speed = {"images_per_second": rate.images_per_second, "step_time": rate.step_time}
+        if least:  # the share of the devices' peak: "model FLOPs utilisation"
+            speed["mfu"] = least / rate.step_time
+        logger.scalars(step, {**values, **speed})
         logger.progress(step, values, rate.images_per_second, rate.step_time)
 
     def render(step: int) -> None:
@@ -140,13 +146,19 @@ def fit(
         meshes.batch_sharding(mesh),
     )
     pending: tuple[int, dict[str, Any]] | None = None
-    compiled = None
+    compiled, least = None, None
     with StopSignal() as stop:
         for done, batch in enumerate(batches, start + 1):
             if compiled is None:  # ahead of the first step, so that no step's time has it in it
                 begin = time.monotonic()
-                compiled = train_step.lower(state, batch, frozen).compile()
-                say(f"{experiment.stage}: step compiled in {time.monotonic() - begin:.0f} s")
+                traced = train_step.trace(state, batch, frozen)
+                compiled = traced.lower().compile()
+                seconds = time.monotonic() - begin
+                say(f"{experiment.stage}: step compiled in {seconds:.0f} s")
+                if meshes.is_main():
+                    record_compilation(workdir, experiment.stage, seconds)
+                    dtype = compute_dtype(config)
+                    least = least_step_time(experiment.stage, traced.jaxpr, config.batch_size, dtype, mesh.size)
                 timer.start(start)
             state, metrics = compiled(state, batch, frozen)
             # The metrics of a step are read when the next one is under way, so that the devices never wait, and no

@@ -25,6 +25,7 @@ from jaxdiff.mesh import say
 from jaxdiff.samples import label_names, sample_labels, save_samples
 from jaxdiff.sampling import Decoder, Generator, check_autoencoder, load_autoencoder
 from jaxdiff.training.checkpoint import Checkpoints
+from jaxdiff.training.environment import record_start
 from jaxdiff.training.experiments import Experiment, autoencoder_experiment, diffusion_experiment
 from jaxdiff.training.loop import Result, fit
 from jaxdiff.training.optimizer import recipe_optimizer, total_steps
@@ -41,6 +42,7 @@ def run_train(config: ConfigDict, workdir: pathlib.Path, *, stop_at: int | None 
     _check(config, train)
     if meshes.is_main():  # not before the data were found and all is checked: a mistake leaves nothing behind
         files.claim_workdir(config, workdir)
+        record_start(workdir, mesh)
     meshes.barrier("workdir")
     if config.experiment == "vae":
         scores = _train_autoencoder(config, workdir, train, val, mesh, stop_at)
@@ -103,6 +105,8 @@ def _latent_stages(
             files.claim_workdir(own, folder)
         meshes.barrier("autoencoder workdir")
         if not (folder / "scores.json").exists():
+            if meshes.is_main():
+                record_start(folder, mesh)
             scores = _train_autoencoder(own, folder, train, val, mesh)
             if meshes.is_main():
                 files.write_json(folder / "scores.json", scores)
