@@ -16,7 +16,7 @@ import numpy as np
 
 from configs import ldm_cfg
 from jaxdiff import mesh as meshes
-from jaxdiff.sampling import Generator
+from jaxdiff.generator import Generator
 
 SETTINGS = {
     "w = 0": {"guidance": 0.0},

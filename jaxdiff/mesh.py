@@ -77,3 +77,8 @@ def barrier(name: str) -> None:
     """Wait until all processes are here."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(name)
+
+
+def all_agree(yes: bool) -> bool:
+    """Whether `yes` is true on all processes."""
+    return bool(np.all(multihost_utils.process_allgather(np.array(yes)))) if jax.process_count() > 1 else yes

@@ -13,7 +13,8 @@ from jaxdiff.build import build_autoencoder
 from jaxdiff.config import check, files
 from jaxdiff.data.latents import Whitening
 from jaxdiff.errors import ConfigError
-from jaxdiff.sampling import Decoder, Generator, Weak, load_weak, run_sample
+from jaxdiff.generator import Decoder, Generator, Weak
+from jaxdiff.sampling import load_weak, run_sample
 from jaxdiff.training.checkpoint import Checkpoints
 from jaxdiff.training.stages import vae_config
 from jaxdiff.training.step import TrainState

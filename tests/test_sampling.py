@@ -14,8 +14,8 @@ from jaxdiff import images
 from jaxdiff.build import build_autoencoder
 from jaxdiff.data.latents import Whitening
 from jaxdiff.errors import ConfigError
+from jaxdiff.generator import Decoder, Generator
 from jaxdiff.samples import columns, sample_labels, save_samples
-from jaxdiff.sampling import Decoder, Generator
 
 NAMES = ["cat", "dog", "7"]
 

@@ -13,7 +13,8 @@ from jaxdiff.data.sources import SOURCES
 from jaxdiff.diffusion import SAMPLERS, SCHEDULES, SPACINGS
 from jaxdiff.errors import ConfigError
 from jaxdiff.evaluation import reconstruction
-from jaxdiff.evaluation.scores import SCORES
+from jaxdiff.evaluation.extractors import EXTRACTORS
+from jaxdiff.evaluation.scores import FEATURE_SCORES, SCORES
 from jaxdiff.models.discriminator import patches
 
 EXPERIMENTS = ("ldm", "ddpm", "vae")
@@ -64,10 +65,10 @@ def validate(config: ConfigDict, num_devices: int) -> None:
         require(one, "sample.guidance", config.sample.guidance, "one number, but for --mode=sample")
         weak = config.sample.autoguidance
         require(not weak, "sample.autoguidance", weak, "left out, but for --mode=sample")
-        for score in config.eval.scores:
-            require(score in SCORES, "eval.scores", score, f"among {', '.join(SCORES)}")
-            asks = score == "knn_accuracy" and not config.model.conditional
-            require(not asks, "eval.scores", score, "left out with model.conditional = False: no class is asked for")
+        validate_eval(config)
+        for field in ("images", "steps"):
+            value = config.eval[field]
+            require(not value, f"eval.{field}", value, "left out, but for --mode=evaluate")
 
 
 def validate_data(config: ConfigDict) -> None:
@@ -226,3 +227,32 @@ def validate_sample(config: ConfigDict) -> None:
     require(s.decode_tile == 0 or s.decode_tile >= 8, "sample.decode_tile", s.decode_tile, "0 or at least 8")
     for field in ("decode_batch", "decode_tile"):
         require(not s[field] or "autoencoder" in config, f"sample.{field}", s[field], "0 where no latents are decoded")
+
+
+def validate_eval(config: ConfigDict) -> None:
+    """The check of the fields `eval`, which --mode=evaluate repeats after its changes."""
+    e, s, d = config.eval, config.sample, config.diffusion
+    for score in e.scores:
+        require(score in SCORES, "eval.scores", score, f"among {', '.join(SCORES)}")
+        asks = score == "knn_accuracy" and not config.model.conditional
+        require(not asks, "eval.scores", score, "left out with model.conditional = False: no class is asked for")
+    _one_of(config, "eval.extractor", tuple(EXTRACTORS))
+    _one_of(config, "eval.resize", ("pytorch", "tf1"))
+    _one_of(config, "eval.reference", ("val", "train"))
+    inception = e.extractor == "inception"
+    for field, default in (("inception", ""), ("resize", "pytorch")):
+        used = inception or e[field] == default
+        require(used, f"eval.{field}", e[field], f"left out with eval.extractor = {e.extractor!r}")
+    found = not inception or pathlib.Path(e.inception).is_file()
+    require(found, "eval.inception", e.inception, "a file with InceptionV3's weights, .pth or .safetensors")
+    _at_least(config, 0, "eval.num", "eval.neighbours", "eval.every")
+    _at_least(config, 1, "eval.splits", "eval.k")
+    for steps in e.steps:
+        whole = type(steps) is int and 1 <= steps <= d.num_steps
+        require(whole, "eval.steps", steps, f"whole numbers in 1..{d.num_steps} (diffusion.num_steps)")
+    nums = {} if e.images else {"eval.num" if e.num else "sample.num": e.num or s.num}
+    nums |= {"eval.every_num": e.every_num} if e.every else {}
+    for field, num in nums.items():
+        for score in e.scores:
+            least = FEATURE_SCORES[score].least(e) if score in FEATURE_SCORES else 1
+            require(num >= least, field, num, f"at least {least} for the score {score!r}")

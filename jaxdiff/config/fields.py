@@ -202,5 +202,21 @@ def guidance_weights(settings: ConfigDict) -> tuple[float, ...]:
 
 
 def evaluation() -> ConfigDict:
-    """What a run measures when it ends."""
-    return ConfigDict(dict(scores=()))  # names in jaxdiff.evaluation.scores.SCORES
+    """What a run measures when it ends, and --mode=evaluate measures."""
+    return ConfigDict(
+        dict(
+            scores=(),  # names in jaxdiff.evaluation.scores: fd, sfd, is, kid, precision_recall, nearest_train, ...
+            num=0,  # samples that are scored; 0 = sample.num
+            images="",  # --mode=evaluate: folder or .npz of images that are scored in place of samples
+            steps=(),  # --mode=evaluate: several numbers of sampling steps, as in (50,100); empty = sample.steps
+            extractor="effnet_lite0",  # of features: effnet_lite0 or inception
+            inception="",  # file with the weights of the FID InceptionV3, .pth or .safetensors
+            resize="pytorch",  # for inception: pytorch (as pytorch-fid) or tf1 (the original)
+            reference="val",  # images that are compared with: val or train
+            splits=10,  # parts that the inception score is the mean over
+            k=3,  # neighbours of precision and recall
+            neighbours=0,  # samples, those nearest to training images, in a picture with the latter; 0 = none
+            every=0,  # training steps between scores of `every_num` samples in the log; 0 = none
+            every_num=100,
+        )
+    )

@@ -10,6 +10,7 @@ from jaxdiff.config.fields import number_or_several
 from jaxdiff.errors import ConfigError
 
 SAMPLE_FIELDS = ("sample",)  # groups that --mode=sample may change
+EVALUATE_FIELDS = ("sample", "eval")  # and --mode=evaluate, besides `FREE_DATA_FIELDS`
 # Groups and fields that a resumed run may change as well: they bear on what is recorded, not on what is learnt.
 FREE_DATA_FIELDS = ("path", "prepared", "max_rejected", "threads", "workers", "cache_gb")
 FREE_FIELDS = (
@@ -51,6 +52,18 @@ ADDED_FIELDS = {
     "sample.autoguidance_step": 0,
     "sample.decode_batch": 0,
     "sample.decode_tile": 0,
+    "eval.num": 0,
+    "eval.images": "",
+    "eval.steps": (),
+    "eval.extractor": "effnet_lite0",
+    "eval.inception": "",
+    "eval.resize": "pytorch",
+    "eval.reference": "val",
+    "eval.splits": 10,
+    "eval.k": 3,
+    "eval.neighbours": 0,
+    "eval.every": 0,
+    "eval.every_num": 100,
 }
 FREE_RECIPE_FIELDS = ("log_every", "sample_every", "checkpoint_every", "keep")
 

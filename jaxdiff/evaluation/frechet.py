@@ -27,9 +27,14 @@ class Sums(NamedTuple):
 class Moments:
     """Mean and covariance of rows of features [n, d] that come in pieces, accumulated in float64."""
 
-    def __init__(self, what: str = "features") -> None:
+    def __init__(self, what: str = "features", sums: Sums | None = None) -> None:
         self._what = what  # in messages
-        self._sums: Sums | None = None
+        self._sums = sums
+
+    @property
+    def sums(self) -> Sums | None:
+        """What is kept, to go on from with another `Moments`; None before the first row."""
+        return self._sums
 
     @property
     def count(self) -> int:

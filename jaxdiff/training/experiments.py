@@ -14,10 +14,10 @@ from jaxdiff import images
 from jaxdiff import mesh as meshes
 from jaxdiff.build import build_autoencoder
 from jaxdiff.data import Source
+from jaxdiff.generator import Decoder, Generator
 from jaxdiff.models.discriminator import PatchDiscriminator
 from jaxdiff.models.perceptual import load_perceptual
 from jaxdiff.samples import columns, label_names, sample_labels
-from jaxdiff.sampling import Decoder, Generator
 from jaxdiff.training.adversarial import Adversary, autoencoder_objective
 from jaxdiff.training.objectives import diffusion_objective
 from jaxdiff.training.optimizer import total_steps

@@ -20,10 +20,11 @@ from jaxdiff.data.latents import Encoding, Whitening, encode_sources, latent_roo
 from jaxdiff.data.sources import Source
 from jaxdiff.evaluation import reconstruction
 from jaxdiff.evaluation.scores import SCORES
+from jaxdiff.generator import Decoder, Generator
 from jaxdiff.keys import named_key
 from jaxdiff.mesh import say
 from jaxdiff.samples import label_names, sample_labels, save_samples
-from jaxdiff.sampling import Decoder, Generator, check_autoencoder, load_autoencoder
+from jaxdiff.sampling import check_autoencoder, load_autoencoder
 from jaxdiff.training.checkpoint import Checkpoints
 from jaxdiff.training.environment import record_start
 from jaxdiff.training.experiments import Experiment, autoencoder_experiment, diffusion_experiment

@@ -1,0 +1,55 @@
+"""scores.json: the validation metrics of a workdir, and a record of every scoring with all that makes its numbers."""
+
+import json
+import pathlib
+from typing import Any
+
+from jaxdiff.config import files
+
+Record = dict[str, Any]  # scores, floor, protocol, seconds, device, pictures
+FILE = "scores.json"
+
+
+def read_scores(workdir: pathlib.Path) -> dict[str, Any]:
+    """{"validation": {name: value}, "records": [record, ...]}; what earlier versions wrote is all validation."""
+    path = workdir / FILE
+    content = json.loads(path.read_text()) if path.exists() else {}
+    if content and "records" not in content:
+        content = {"validation": content}
+    return {"validation": {}, "records": [], **content}
+
+
+def write_validation(workdir: pathlib.Path, validation: dict[str, float]) -> None:
+    """Put down the validation metrics; the records stay."""
+    files.write_json(workdir / FILE, {**read_scores(workdir), "validation": validation})
+
+
+def add_record(workdir: pathlib.Path, record: Record) -> None:
+    """Put down a record, in the place of one with the same protocol if there is such."""
+    content = read_scores(workdir)
+    others = [r for r in content["records"] if r["protocol"] != record["protocol"]]
+    files.write_json(workdir / FILE, {**content, "records": [*others, record]})
+
+
+def describe(record: Record) -> str:
+    """The scores, each with its floor, and in words what they were measured with: three lines."""
+    floor, p = record["floor"], record["protocol"]
+
+    def number(name: str, value: float) -> str:
+        return f"{name} {value:.4g}" + (f" (floor {floor[name]:.4g})" if name in floor else "")
+
+    scores = "  ".join(number(name, value) for name, value in record["scores"].items())
+    of = f"{p['num']:,} {p['images']}"
+    if p["images"] == "samples":
+        guided = f"w = {p['guidance']:g}" + (", " + ", ".join(p["guided"]) if p.get("guided") else "")
+        of += f" of step {p['step']:,}, {p['sampler']} {p['steps']} steps {p['spacing']}, eta {p['eta']:g}, {guided}"
+        of += f", {p['weights']} weights, seed {p['seed']}, labels {p['labels']}"
+    lines = [scores, f"  of {of}"]
+    if "reference" in p:
+        real, other, e = p["reference"], p["floor"], p["extractor"]
+        lines.append(
+            f"  against {real['num']:,} {real['name']} images ({real['sha256'][:8]}), floor: {other['num']:,} "
+            f"{other['name']} images; {e['name']}: {e['weights']}, {e['resize']}"
+        )
+    seconds = ", ".join(f"{name} {value:.1f} s" for name, value in record["seconds"].items())
+    return "\n".join([*lines, f"  {seconds} on {record['device']}"])
