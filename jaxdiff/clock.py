@@ -9,9 +9,9 @@ import jax
 _compiling = [0.0]
 
 
-def _note(event: str, seconds: float, **_: object) -> None:
+def _note(event: str, duration_secs: float, **_: str | int) -> None:
     if event.startswith("/jax/core/compile/"):
-        _compiling[0] += seconds
+        _compiling[0] += duration_secs
 
 
 jax.monitoring.register_event_duration_secs_listener(_note)

@@ -63,7 +63,11 @@ class Generator:
             self._whitening = decoder.whitening
         if weak is not None:
             self._weak_unet = weak.unet
-        self._run = jax.jit(self._draw, static_argnames=("guided", "limited", "clip", "parts"))
+        static = ("guided", "limited", "clip", "parts")
+        self._run = jax.jit(self._draw, static_argnames=static)
+        self._run_watched = jax.jit(
+            self._watch, static_argnames=(*static, "steps"), out_shardings=meshes.batch_sharding(mesh)
+        )
 
     def abstract_params(self) -> Any:
         """Shapes and shardings of the UNet's parameters."""
@@ -96,9 +100,7 @@ class Generator:
         # Every batch has the same size, so that there is one program and image k does not depend on n.
         size = -(-settings.batch_size // self.mesh.size) * self.mesh.size
         rows = {name: np.pad(row, (0, -len(row) % size), mode="edge") for name, row in rows.items()}
-        flags = {"guided": any(weights), "limited": bool(settings.guidance_interval), "clip": settings.clip}
-        flags["parts"] = (settings.decode_batch, settings.decode_tile)
-        options = (tuple(settings.guidance_interval) or (0, 0), settings.guidance_rescale)
+        options, flags = self._options(settings)
         out = []
         for first in range(0, len(rows["index"]), size):
             batch = meshes.put_batch({name: row[first : first + size] for name, row in rows.items()}, self.mesh)
@@ -106,21 +108,51 @@ class Generator:
         samples = np.concatenate(out)[: len(weights) * n]
         return samples.reshape(len(weights), n, *samples.shape[1:])
 
-    def _draw(
+    def denoising(
+        self, params: Any, settings: ConfigDict, labels: Int[np.ndarray, " n"], frames: int = 8
+    ) -> dict[str, np.ndarray]:
+        """How images 0..n-1 come about: "t" [k], and uint8 [k, n, h, w, 3] of as many steps evenly chosen, "x_t" before
+        the step and "x0" that is predicted in it, both decoded where they are latents; at the first weight."""
+        plan = diffusion.make_plan(
+            self.schedule, settings.sampler, steps=settings.steps, spacing=settings.spacing, eta=settings.eta
+        )
+        n, w = len(labels), guidance_weights(settings)[0]
+        rows = {
+            "index": np.arange(n, dtype=np.int32),
+            "label": np.asarray(labels, np.int32),
+            "guidance": np.full(n, w, np.float32),
+        }
+        rows = {name: np.pad(row, (0, -n % self.mesh.size), mode="edge") for name, row in rows.items()}
+        steps = tuple(int(i) for i in np.unique(np.linspace(0, settings.steps - 1, frames).round()))
+        options, flags = self._options(settings)
+        key, batch = named_key(settings.seed, "sample"), meshes.put_batch(rows, self.mesh)
+        arguments = (params, self._others, plan, key, batch, *options)
+        x_t, x0 = meshes.to_host(self._run_watched(*arguments, steps=steps, **flags))
+        return {
+            "t": np.asarray(plan.timesteps)[list(steps)],
+            "x_t": x_t[:n].swapaxes(0, 1),
+            "x0": x0[:n].swapaxes(0, 1),
+        }
+
+    @staticmethod
+    def _options(settings: ConfigDict) -> tuple[tuple[Any, Any], dict[str, Any]]:
+        """The traced settings of guidance, and what makes another program."""
+        flags: dict[str, Any] = {"guided": any(guidance_weights(settings)), "limited": bool(settings.guidance_interval)}
+        flags |= {"clip": settings.clip, "parts": (settings.decode_batch, settings.decode_tile)}
+        return (tuple(settings.guidance_interval) or (0, 0), settings.guidance_rescale), flags
+
+    def _model(
         self,
         params: Any,
         others: dict[str, Any],
-        plan: diffusion.Plan,
-        key: Array,
         rows: dict[str, Array],
         interval: tuple[Array, Array],
         phi: Array,
-        *,
         guided: bool,
         limited: bool,
-        clip: bool,
-        parts: tuple[int, int],
-    ) -> UInt8[Array, "batch h w 3"]:
+    ) -> Callable[[Array, Array], Array]:
+        """(x, t) -> eps, for the labels and weights of `rows`."""
+
         def apply(x: Array, t: Array, y: Array) -> Any:
             prediction: Any = self.unet.apply(params, x, t, y)
             return prediction[..., : self.shape[-1]]  # eps; a learned variance, behind it, is not used
@@ -139,15 +171,61 @@ class Generator:
                 model = diffusion.autoguided(apply, apply_weak, phi=phi)
             return model(x, t, rows["label"], rows["guidance"])
 
-        model: Callable[[Array, Array], Array] = with_guidance if guided else plain
         if guided and limited:
-            model = diffusion.within(interval, with_guidance, plain)
+            return diffusion.within(interval, with_guidance, plain)
+        return with_guidance if guided else plain
 
+    def _draw(
+        self,
+        params: Any,
+        others: dict[str, Any],
+        plan: diffusion.Plan,
+        key: Array,
+        rows: dict[str, Array],
+        interval: tuple[Array, Array],
+        phi: Array,
+        *,
+        guided: bool,
+        limited: bool,
+        clip: bool,
+        parts: tuple[int, int],
+    ) -> UInt8[Array, "batch h w 3"]:
+        model = self._model(params, others, rows, interval, phi, guided, limited)
         keys = diffusion.sample_keys(key, rows["index"])
         x = diffusion.sample(model, plan, diffusion.initial_noise(keys, self.shape), keys, clip=clip)
+        return self._to_images(x, others, parts)
+
+    def _watch(
+        self,
+        params: Any,
+        others: dict[str, Any],
+        plan: diffusion.Plan,
+        key: Array,
+        rows: dict[str, Array],
+        interval: tuple[Array, Array],
+        phi: Array,
+        *,
+        guided: bool,
+        limited: bool,
+        clip: bool,
+        parts: tuple[int, int],
+        steps: tuple[int, ...],
+    ) -> tuple[UInt8[Array, "batch k h w 3"], UInt8[Array, "batch k h w 3"]]:
+        model = self._model(params, others, rows, interval, phi, guided, limited)
+        keys = diffusion.sample_keys(key, rows["index"])
+        x = diffusion.initial_noise(keys, self.shape)
+        after, x0 = diffusion.trajectory(model, plan, x, keys, num_steps=steps[-1] + 1, clip=clip)
+        before = jnp.concatenate([x[None], after[:-1]])
+        # The batch stays in front: it is what is split over the devices.
+        frames = jnp.stack([before[jnp.array(steps)], x0[jnp.array(steps)]])  # [2, k, batch, ...]
+        frames = jnp.moveaxis(frames, 2, 0)
+        out = self._to_images(frames.reshape(-1, *self.shape), others, parts)
+        out = out.reshape(*frames.shape[:3], *out.shape[1:])
+        return out[:, 0], out[:, 1]
+
+    def _to_images(self, x: Array, others: dict[str, Any], parts: tuple[int, int]) -> UInt8[Array, "batch h w 3"]:
         if others["decoder"] is not None:
-            z = self._whitening.unwhiten(x)
-            x = self._decode(others["decoder"], z, *parts)
+            x = self._decode(others["decoder"], self._whitening.unwhiten(x), *parts)
         return images.to_uint8(x)
 
     def _decode(self, params: Any, z: Array, batch_size: int, tile: int) -> Array:

@@ -13,6 +13,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 MODES = {
     "train": "train, or go on, to the end",
     "sample": "draw images from a checkpoint",
+    "evaluate": "score a checkpoint, or images that there are",
     "prepare": "store a data set's images at the size that is trained on",
     "encode": "store a data set's latents",
     "import": "make a workdir of a folder of diffusers or ADM, --from",
@@ -26,7 +27,7 @@ def define_flags() -> None:
     config_flags.DEFINE_config_file("config", default, "Experiment, FILE or FILE:dataset; fields by --config.FIELD=...")
     flags.DEFINE_enum("mode", "train", list(MODES), "; ".join(f"{name}: {what}" for name, what in MODES.items()))
     flags.DEFINE_string("workdir", None, "Folder of the run; default runs/<config.name>.")
-    flags.DEFINE_integer("step", None, "Checkpoint to sample from, or to export; default the newest.")
+    flags.DEFINE_integer("step", None, "Checkpoint to sample from, to score, or to export; default the newest.")
     flags.DEFINE_string("from", None, "--mode=import: folder with a model of diffusers or ADM.")
     flags.DEFINE_string("to", None, "--mode=export: folder to write.")
     flags.DEFINE_enum("format", None, ["diffusers"], "--mode=export: of the folder; default diffusers.")
@@ -52,8 +53,10 @@ def run(argv: list[str]) -> None:
     args = flags.FLAGS
     if argv[1:]:
         raise ConfigError(f"argument {argv[1]!r}: not understood; every argument begins with --")
-    if args.step is not None and args.mode not in ("sample", "export"):
-        raise ConfigError(f"--step={args.step}: for --mode=sample and export; training goes on from the newest")
+    if args.step is not None and args.mode not in ("sample", "evaluate", "export"):
+        raise ConfigError(
+            f"--step={args.step}: for --mode=sample, evaluate and export; training goes on from the newest"
+        )
     for flag, mode in (("from", "import"), ("to", "export")):
         if (args[flag].value is None) == (args.mode == mode):
             raise ConfigError(f"--{flag}={args[flag].value or ''}: must be given with --mode={mode}, and only there")
@@ -77,6 +80,8 @@ def run(argv: list[str]) -> None:
         startup.import_model(args.config, workdir, pathlib.Path(str(args["from"].value)), overrides)
     elif args.mode == "export":
         startup.export_model(workdir, pathlib.Path(args.to), named, overrides, args.step)
+    elif args.mode == "evaluate":
+        startup.evaluate(workdir, named, overrides, args.step)
     else:
         startup.sample(workdir, named, overrides, args.step)
 

@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 from jaxdiff import images
 from jaxdiff.config import files
 from jaxdiff.config.check import require
+from jaxdiff.data.sources import Source
 
 WORDNET_ID = re.compile(r"^n\d{8}[_ -]")  # class folders are called n01558993_robin as well as robin
 
@@ -45,6 +46,21 @@ def columns(labels: Int[np.ndarray, " n"]) -> int:
     """Columns of a grid: a class to each where there are at most 20 in turn, else 10."""
     period = len(np.unique(labels))
     return min(len(labels), period if 1 < period <= 20 else 10)
+
+
+def save_real(path: pathlib.Path, source: Source, most: int = 300) -> None:
+    """Write as many images of each class, up to 8 and to `most` in all, as are found among the first of `source` in a
+    fixed random order: arr_0 images, arr_1 labels, class_names."""
+    each = max(1, min(8, most // len(source.class_names)))
+    tried = np.random.default_rng(0).permutation(len(source))[: 4 * each * len(source.class_names)]
+    batch = source.batch(np.sort(tried))
+    label = batch["label"]
+    rank = np.array([np.sum(label[:k] == own) for k, own in enumerate(label)])  # how many of its class come before
+    kept = np.flatnonzero(rank < each)
+    kept = kept[np.lexsort((rank[kept], label[kept]))]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    names = np.array(list(source.class_names), dtype=str)
+    np.savez_compressed(path, arr_0=batch["image"][kept], arr_1=label[kept], class_names=names)
 
 
 def save_samples(

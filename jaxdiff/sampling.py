@@ -16,6 +16,7 @@ from jaxdiff.config.check import require
 from jaxdiff.config.fields import guidance_weights
 from jaxdiff.data.latents import Whitening, params_hash
 from jaxdiff.errors import ConfigError
+from jaxdiff.generator import Decoder, Generator, Weak
 from jaxdiff.samples import label_names, sample_labels, save_samples
 from jaxdiff.training.checkpoint import Checkpoints
 

@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -16,8 +17,7 @@ from jaxdiff.errors import ConfigError
 def start() -> None:
     """Join the other processes of the run, and keep compiled programs for the next start."""
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-        cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
-        jax.config.update("jax_compilation_cache_dir", str(cache / "jaxdiff" / "xla"))
+        jax.config.update("jax_compilation_cache_dir", str(files.cache_root() / "xla"))
     meshes.initialize_distributed()
 
 
@@ -149,8 +149,10 @@ def export_model(
     meshes.say(f"exported {workdir} to {target}; {loads}")
 
 
-def workdir_config(workdir: pathlib.Path, named: str | None, overrides: dict[str, Any]) -> ConfigDict:
-    """The config of a workdir, with `overrides` of its fields `sample.*`.
+def workdir_config(
+    workdir: pathlib.Path, named: str | None, overrides: dict[str, Any], allowed: Sequence[str] = files.SAMPLE_FIELDS
+) -> ConfigDict:
+    """The config of a workdir, with `overrides` of its fields in the groups `allowed`, or that are themselves in it.
 
     Raises: ConfigError when there is none, fields of others are given, or the --config that was `named` is another.
     """
@@ -161,9 +163,10 @@ def workdir_config(workdir: pathlib.Path, named: str | None, overrides: dict[str
     if named not in (None, config.name):
         raise ConfigError(f"--config: {workdir} was made with {config.name}, not {named}; leave --config out")
     for field in overrides:
-        if field.split(".")[0] not in files.SAMPLE_FIELDS or "sample" not in config:
-            only = "only sample.* can" if "sample" in config else "an autoencoder has nothing to sample"
-            raise ConfigError(f"--config.{field}: cannot change in --mode=sample and export; {only}")
+        if not {field, field.split(".")[0]} & set(allowed) or "sample" not in config:
+            groups = ", ".join(name if "." in name else f"{name}.*" for name in allowed)
+            only = f"only {groups} can" if "sample" in config else "an autoencoder has nothing to sample"
+            raise ConfigError(f"--config.{field}: cannot change in this --mode; {only}")
     config.update_from_flattened_dict(overrides)
     return config
 
@@ -182,3 +185,23 @@ def sample(workdir: pathlib.Path, named: str | None, overrides: dict[str, Any], 
     check.validate_sample(config)
     for sheet in run_sample(config, workdir, step):
         meshes.say(f"sample grid: {sheet}")
+
+
+def evaluate(workdir: pathlib.Path, named: str | None, overrides: dict[str, Any], step: int | None) -> None:
+    """--mode=evaluate: score a checkpoint of a workdir, or the images `eval.images`; arguments, and errors, as in
+    `sample`, but that eval.* and where the data are may change as well."""
+    from jaxdiff.evaluation.evaluate import run_evaluate
+
+    config = workdir_config(workdir, named, overrides, files.EVALUATE_FIELDS)
+    if "sample" not in config:
+        raise ConfigError(f"--workdir={workdir}: holds an autoencoder alone, which is scored when its training ends")
+    e = config.eval
+    if not (e.scores or e.neighbours):
+        raise ConfigError("config.eval.scores = (): must name what to measure, as in --config.eval.scores='(\"fd\",)'")
+    if e.images and (e.steps or step is not None):
+        raise ConfigError(f"config.eval.images = {e.images!r}: must be left out with eval.steps and --step")
+    start()
+    check.validate_data(config)
+    check.validate_sample(config)
+    check.validate_eval(config)
+    run_evaluate(config, workdir, step)

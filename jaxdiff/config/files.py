@@ -1,6 +1,7 @@
 """Configs on disk, and whose a workdir is."""
 
 import json
+import os
 import pathlib
 from typing import Any
 
@@ -10,7 +11,6 @@ from jaxdiff.config.fields import number_or_several
 from jaxdiff.errors import ConfigError
 
 SAMPLE_FIELDS = ("sample",)  # groups that --mode=sample may change
-EVALUATE_FIELDS = ("sample", "eval")  # and --mode=evaluate, besides `FREE_DATA_FIELDS`
 # Groups and fields that a resumed run may change as well: they bear on what is recorded, not on what is learnt.
 FREE_DATA_FIELDS = ("path", "prepared", "max_rejected", "threads", "workers", "cache_gb")
 FREE_FIELDS = (
@@ -20,6 +20,11 @@ FREE_FIELDS = (
     "autoencoder.scores",
     *(f"data.{field}" for field in FREE_DATA_FIELDS),
 )
+EVALUATE_FIELDS = (
+    "sample",
+    "eval",
+    *(f"data.{field}" for field in FREE_DATA_FIELDS),
+)  # what --mode=evaluate may change
 # Fields that are younger than some workdirs, and what those were made with.
 ADDED_FIELDS = {
     "adam_betas": (0.9, 0.999),
@@ -66,6 +71,11 @@ ADDED_FIELDS = {
     "eval.every_num": 100,
 }
 FREE_RECIPE_FIELDS = ("log_every", "sample_every", "checkpoint_every", "keep")
+
+
+def cache_root() -> pathlib.Path:
+    """The folder of what can be computed again, $XDG_CACHE_HOME/jaxdiff or ~/.cache/jaxdiff."""
+    return pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "jaxdiff"
 
 
 def may_change(field: str) -> bool:

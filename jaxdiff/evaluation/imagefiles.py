@@ -13,9 +13,7 @@ from jaxdiff.errors import ConfigError
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
 
-def read_images(
-    path: pathlib.Path, field: str
-) -> tuple[UInt8[np.ndarray, "n h w 3"], Int[np.ndarray, " n"] | None]:
+def read_images(path: pathlib.Path, field: str) -> tuple[UInt8[np.ndarray, "n h w 3"], Int[np.ndarray, " n"] | None]:
     """The images, and the labels where there are any, of a folder or of an .npz as ADM writes it.
 
     A folder's images lie in it and in its subfolders, and are taken in the order of their paths. An .npz has images as

@@ -29,24 +29,32 @@ class Judge:
     def __init__(
         self, settings: ConfigDict, train: Source, val: Source, mesh: Mesh, extractor: Extractor | None = None
     ) -> None:
-        self._settings, self._train, self._val, self._mesh = settings, train, val, mesh
+        self.settings, self.mesh = settings, mesh
+        self._train, self._val = train, val
         self._names = [name for name in settings.scores if name in FEATURE_SCORES]
         self._floors: dict[int, Scores] = {}
+        self.judged: ImageSet | None = None  # the images of the last call
         if self._names or settings.neighbours:
             self.extractor = extractor or EXTRACTORS[settings.extractor](settings)
             sources = {"train": train, "val": val}
-            self._real = {name: self._set(source, f"{name} images") for name, source in sources.items()}
+            self._real = {name: self.image_set(source, f"{name} images") for name, source in sources.items()}
 
-    def _set(self, source: Any, name: str, cached: bool = True) -> ImageSet:
+    @property
+    def train_set(self) -> ImageSet:
+        """The training images."""
+        return self._real["train"]
+
+    def image_set(self, source: Source, name: str, *, cached: bool = True) -> ImageSet:
+        """The images of a source, with the features that the scores ask for."""
         spatial = "sfd" in self._names
-        return ImageSet(source, self.extractor, self._mesh, name, spatial=spatial, cached=cached)
+        return ImageSet(source, self.extractor, self.mesh, name, spatial=spatial, cached=cached)
 
     def check(self, num: int) -> None:
         """ConfigError where `num` images, or those that they are compared with, are fewer than a score needs."""
         for name in self._names:
-            least = FEATURE_SCORES[name].least(self._settings)
+            least = FEATURE_SCORES[name].least(self.settings)
             require(num >= least, "eval.num", num, f"at least {least} for the score {name!r}")
-            split = self._settings.reference
+            split = self.settings.reference
             there = len(self._real[split])
             allowed = f"a set of at least {least} images for the score {name!r}; these are {there}"
             require(there >= least, "eval.reference", split, allowed)
@@ -64,27 +72,30 @@ class Judge:
         that are not finite.
         """
         self.check(len(images))
-        judged = array_source(images, np.zeros(len(images), np.int32) if labels is None else labels, ())
-        scores, floor, told = self._of_features(judged, watch) if self._names else ({}, {}, {})
+        source = array_source(images, np.zeros(len(images), np.int32) if labels is None else labels, ())
+        self.judged = None
+        if self._names or self.settings.neighbours:
+            self.judged = self.image_set(source, "images", cached=False)
+        scores, floor, told = self._of_features(self.judged, watch) if self._names else ({}, {}, {})
         with watch.part("scores"):
-            for name in self._settings.scores:
+            for name in self.settings.scores:
                 if name in IMAGE_SCORES:
                     if labels is None:
                         raise ConfigError(f"eval.scores = {name!r}: needs labels, which these images do not have")
                     scores |= IMAGE_SCORES[name](images, labels, self._train, self._val)
-        device = self._mesh.devices.flat[0].device_kind
+        device = self.mesh.devices.flat[0].device_kind
         return {
             "scores": scores,
             "floor": floor,
             "protocol": {"num": len(images), **protocol, **told},
             "seconds": watch.seconds,
-            "device": f"{self._mesh.size} x {device}",
+            "device": f"{self.mesh.size} x {device}",
             "pictures": {},
         }
 
-    def _of_features(self, source: Source, watch: Stopwatch) -> tuple[Scores, Scores, dict[str, Any]]:
-        e, x = self._settings, self.extractor
-        judged, reference = self._set(source, "images", cached=False), self._real[e.reference]
+    def _of_features(self, judged: Any, watch: Stopwatch) -> tuple[Scores, Scores, dict[str, Any]]:
+        e, x = self.settings, self.extractor
+        reference = self._real[e.reference]
         with watch.part("features"):
             _ = judged.features
         with watch.part("features of real images"):
@@ -95,7 +106,7 @@ class Judge:
             _ = floor_set.features
         with watch.part("scores"):
             if len(judged) not in self._floors:
-                floor = {}
+                floor: Scores = {}
                 for name in self._names:
                     own = of_val if FEATURE_SCORES[name].floor_of_val else floor_set
                     if len(own) >= FEATURE_SCORES[name].least(e):
@@ -114,8 +125,8 @@ class Judge:
         return scores, self._floors[len(judged)], told
 
     def _score(self, name: str, judged: ImageSet) -> Scores:
-        e = self._settings
-        compared = Compared(judged, self._real[e.reference], self._real["train"], e, self._mesh)
+        e = self.settings
+        compared = Compared(judged, self._real[e.reference], self._real["train"], e, self.mesh)
         scores = FEATURE_SCORES[name].function(compared)
         scores = {scored_name(score, self.extractor): value for score, value in scores.items()}
         full = len(judged) == FULL
@@ -130,6 +141,6 @@ class Judge:
             if len(real) <= num:
                 return real
             rows = np.random.default_rng((0, FLOOR)).permutation(len(real))[:num]
-            return self._set(Subset(real.source, np.sort(rows)), real.name)
+            return self.image_set(Subset(real.source, np.sort(rows)), real.name)
 
-        return some("train" if self._settings.reference == "val" else "val"), some("val")
+        return some("train" if self.settings.reference == "val" else "val"), some("val")

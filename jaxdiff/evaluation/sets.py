@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from jaxtyping import Bool, Float, Int, UInt8
 
 from jaxdiff import mesh as meshes
+from jaxdiff.config import files
 from jaxdiff.data import device_batches, eval_batches
 from jaxdiff.data.sources import Batch, Source
 from jaxdiff.evaluation.extractors import Extractor
@@ -23,11 +24,6 @@ from jaxdiff.evaluation.frechet import Moments, Sums
 FORMAT = 1  # of what is cached; another number makes all of it anew
 BATCH = {"gpu": 128}  # images at a time on a device
 CPU_BATCH = 32
-
-
-def cache_root() -> pathlib.Path:
-    """The folder of what can be computed again, $XDG_CACHE_HOME/jaxdiff or ~/.cache/jaxdiff."""
-    return pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "jaxdiff"
 
 
 class FeatureSet(NamedTuple):
@@ -63,7 +59,7 @@ class ImageSet:
     """The images of a source, with features that are computed when they are first asked for.
 
     Args: name, in messages; spatial, whether there will be spatial features; cached, whether features are kept on
-    disk, in `cache_root`, by the hashes of content and extractor.
+    disk, in `files.cache_root`, by the hashes of content and extractor.
     """
 
     def __init__(
@@ -86,7 +82,7 @@ class ImageSet:
             return self._extract()
         e = self._extractor
         what = [FORMAT, self.source.checksum, len(self), e.name, e.weights, e.resize, self._spatial]
-        path = cache_root() / "features" / f"{hashlib.sha256(json.dumps(what).encode()).hexdigest()}.npz"
+        path = files.cache_root() / "features" / f"{hashlib.sha256(json.dumps(what).encode()).hexdigest()}.npz"
         stored = self._load(path)
         if meshes.all_agree(stored is not None) and stored is not None:
             return stored
@@ -134,5 +130,5 @@ def _save(features: FeatureSet, path: pathlib.Path) -> None:
     arrays = {} if sums is None else {name: np.asarray(value) for name, value in sums._asdict().items()}
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     with partial.open("wb") as file:
-        np.savez(file, pooled=features.pooled, logits=features.logits, **arrays)
+        np.savez(file, pooled=features.pooled, logits=features.logits, **arrays)  # type: ignore[arg-type]
     partial.replace(path)

@@ -29,7 +29,8 @@ GRID_IMAGES = 40  # in the grids that are logged during training
 class Experiment(NamedTuple):
     """All that the training loop needs to know of a stage.
 
-    init: key -> parameters. meta: goes into every checkpoint. render: parameters -> picture [H, W, 3], uint8.
+    init: key -> parameters. meta: goes into every checkpoint. render: parameters -> picture [H, W, 3], uint8. score:
+    parameters -> numbers for the log, every `config.eval.every` steps.
     """
 
     stage: str
@@ -39,6 +40,7 @@ class Experiment(NamedTuple):
     val: Source
     meta: dict[str, Any]
     render: Callable[[Any], UInt8[np.ndarray, "h w 3"]]
+    score: Callable[[Any], dict[str, float]] | None = None
 
 
 def diffusion_experiment(

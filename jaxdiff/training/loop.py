@@ -176,6 +176,11 @@ def fit(
                 jax.block_until_ready(metrics)
                 with timer.pause():
                     render(done)
+            if experiment.score and done % config.eval.every == 0 and not last:  # at the end the run itself is scored
+                jax.block_until_ready(metrics)
+                with timer.pause():
+                    weights = state.ema if config.sample.weights == "ema" else state.params
+                    logger.scalars(done, experiment.score(weights))
             if not last and (done == stop_at or checkpoints.should_stop(done, stop.signum)):
                 read(done, metrics)
                 save(done)

@@ -19,11 +19,14 @@ from jaxdiff.data import load_source
 from jaxdiff.data.latents import Encoding, Whitening, encode_sources, latent_root, params_hash
 from jaxdiff.data.sources import Source
 from jaxdiff.evaluation import reconstruction
-from jaxdiff.evaluation.scores import SCORES
+from jaxdiff.evaluation.evaluate import Scorer, with_fields
+from jaxdiff.evaluation.judge import Judge
+from jaxdiff.evaluation.records import FILE as SCORES_FILE
+from jaxdiff.evaluation.records import write_validation
 from jaxdiff.generator import Decoder, Generator
 from jaxdiff.keys import named_key
 from jaxdiff.mesh import say
-from jaxdiff.samples import label_names, sample_labels, save_samples
+from jaxdiff.samples import label_names, sample_labels, save_real, save_samples
 from jaxdiff.sampling import check_autoencoder, load_autoencoder
 from jaxdiff.training.checkpoint import Checkpoints
 from jaxdiff.training.environment import record_start
@@ -31,6 +34,8 @@ from jaxdiff.training.experiments import Experiment, autoencoder_experiment, dif
 from jaxdiff.training.loop import Result, fit
 from jaxdiff.training.optimizer import recipe_optimizer, total_steps
 from jaxdiff.training.step import new_state
+
+WATCHED = 8  # samples whose way from noise is kept
 
 
 def run_train(config: ConfigDict, workdir: pathlib.Path, *, stop_at: int | None = None) -> dict[str, float]:
@@ -49,10 +54,14 @@ def run_train(config: ConfigDict, workdir: pathlib.Path, *, stop_at: int | None 
         scores = _train_autoencoder(config, workdir, train, val, mesh, stop_at)
     else:
         experiment, generator = _diffusion_stage(config, workdir, train, val, mesh)
+        judge = Judge(config.eval, train, val, mesh)
+        judge.check(config.eval.num or config.sample.num)
+        scorer = Scorer(config, workdir, generator, judge, train.class_names)
+        if config.eval.every:
+            settings = with_fields(config.sample, num=config.eval.every_num)
+            experiment = experiment._replace(score=lambda params: scorer.scalars(params, settings))
         result = fit(experiment, config, workdir, mesh, stop_at=stop_at)
-        scores = _finish(config, workdir, generator, result, train, val)
-    if meshes.is_main():
-        files.write_json(workdir / "scores.json", scores)
+        scores = _finish(config, workdir, generator, scorer, result, train)
     say(f"{time.monotonic() - begin:.0f} s in all; checkpoints: {workdir / 'checkpoints'}")
     return scores
 
@@ -105,12 +114,10 @@ def _latent_stages(
         if meshes.is_main():
             files.claim_workdir(own, folder)
         meshes.barrier("autoencoder workdir")
-        if not (folder / "scores.json").exists():
+        if not (folder / SCORES_FILE).exists():
             if meshes.is_main():
                 record_start(folder, mesh)
-            scores = _train_autoencoder(own, folder, train, val, mesh)
-            if meshes.is_main():
-                files.write_json(folder / "scores.json", scores)
+            _train_autoencoder(own, folder, train, val, mesh)
     return encode_data(config, folder, train, val, mesh)
 
 
@@ -123,6 +130,8 @@ def _train_autoencoder(
     for name in config.autoencoder.scores:
         scores |= reconstruction.SCORES[name](build_autoencoder(config), result.state.ema, val, mesh)
     say(f"autoencoder: {_table(scores)}  (ema weights)")
+    if meshes.is_main():
+        write_validation(workdir, scores)
     return scores
 
 
@@ -193,26 +202,30 @@ def _finish(
     config: ConfigDict,
     workdir: pathlib.Path,
     generator: Generator,
+    scorer: Scorer,
     result: Result,
     train: Source,
-    val: Source,
 ) -> dict[str, float]:
     """Draw the final samples, score them, and say where everything is."""
-    settings = config.sample
-    labels = sample_labels(settings, label_names(config, train.class_names))
-    begin = time.monotonic()
+    settings, num = config.sample, config.eval.num or config.sample.num
+    labels = scorer.labels(settings)
     params = result.state.ema if settings.weights == "ema" else result.state.params
-    samples = generator(params, settings, labels)
-    seconds = time.monotonic() - begin
-    scores = dict(result.validation)
-    for name in config.eval.scores:
-        scores |= SCORES[name](samples, labels, train, val)
-    protocol = f"{len(labels)} samples, {settings.sampler} {settings.steps} steps, w = {settings.guidance:g}, "
-    say(f"{_table(scores)}  ({protocol}{settings.weights} weights, seed {settings.seed}, drawn in {seconds:.1f} s)")
+    samples, watch = scorer.draw(params, settings)
+    shown = labels[:WATCHED]
+    frames = generator.denoising(params, settings, shown)
+    say(f"{_table(result.validation)}  (ema weights)")
     if meshes.is_main():
+        write_validation(workdir, result.validation)
         named = labels if config.model.conditional else None
         sheet = save_samples(workdir / "samples" / "final", np.asarray(samples), named, settings)
+        np.savez(workdir / "samples" / "denoising.npz", labels=shown, **frames)  # type: ignore[arg-type]
+        save_real(workdir / "samples" / "real.npz", train)
         say(f"sample grid: {sheet}")
+    scores = dict(result.validation)
+    if config.eval.scores:
+        drawn = (samples, watch) if num == settings.num else None
+        step = int(result.state.step)
+        scores |= scorer(params, with_fields(settings, num=num), step, drawn)["scores"]
     change = "guidance=3.0" if config.diffusion.label_dropout else "seed=1"
     say(f"more samples: python -m jaxdiff.main --mode=sample --workdir={workdir} --config.sample.{change}")
     return scores
