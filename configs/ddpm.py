@@ -19,7 +19,7 @@ def get_config(dataset: str = "digits") -> ConfigDict:
     config.model = fields.unet()
     config.diffusion = fields.diffusion()
     config.sample = fields.sample()
-    config.eval = fields.evaluation()
+    config.eval = fields.evaluation(dataset)
 
     if dataset == "digits":
         config.data.image_size = 16  # pixels cost a CPU dear: 1 s a step at 32x32
@@ -31,7 +31,6 @@ def get_config(dataset: str = "digits") -> ConfigDict:
         config.sample.update(
             sampler="ddpm", steps=100, spacing="trailing"
         )  # its noise mends what little training leaves
-        config.eval.scores = ("knn_accuracy",)
     elif dataset.endswith("cifar10"):
         config.model.update(attention_resolutions=(16,))
         config.update(epochs=200.0, lr=2e-4)

@@ -24,7 +24,7 @@ def get_config(dataset: str = "digits") -> ConfigDict:
     config.diffusion = fields.diffusion()
     config.sample = fields.sample()
     config.sample.update(guidance=2.0, clip=False)
-    config.eval = fields.evaluation()
+    config.eval = fields.evaluation(dataset)
 
     if dataset == "digits":
         config.model.update(
@@ -32,7 +32,6 @@ def get_config(dataset: str = "digits") -> ConfigDict:
         )
         config.update(epochs=0.0, steps=1200, batch_size=64, lr=3e-3, warmup_steps=100, ema_decay=0.99)
         config.update(sample_every=400, checkpoint_every=400)
-        config.eval.scores = ("knn_accuracy",)
     elif dataset.endswith("cifar10"):  # latents of 8x8
         config.model.update(channels=192, channel_mult=(1, 2), attention_resolutions=(8, 4))
         config.update(epochs=200.0, lr=2e-4, batch_size=512)

@@ -16,6 +16,8 @@ def tiny_config(experiment: str) -> ConfigDict:
     config = {"ddpm": ddpm, "ldm": ldm_cfg, "vae": vae}[experiment].get_config("digits")
     config.data.image_size = 8 if experiment == "ddpm" else 16
     config.update(RECIPE)
+    if "eval" in config:
+        config.eval.scores = ("knn_accuracy",)
     if "model" in config:
         config.model.update(UNET)
         config.sample.update(num=16, batch_size=16, sampler="ddim", steps=3, spacing="leading")

@@ -201,9 +201,9 @@ def guidance_weights(settings: ConfigDict) -> tuple[float, ...]:
     return tuple(w) if isinstance(w, tuple | list) else (w,)
 
 
-def evaluation() -> ConfigDict:
+def evaluation(dataset: str) -> ConfigDict:
     """What a run measures when it ends, and --mode=evaluate measures."""
-    return ConfigDict(
+    config = ConfigDict(
         dict(
             scores=(),  # names in jaxdiff.evaluation.scores: fd, sfd, is, kid, precision_recall, nearest_train, ...
             num=0,  # samples that are scored; 0 = sample.num
@@ -220,3 +220,8 @@ def evaluation() -> ConfigDict:
             every_num=100,
         )
     )
+    if dataset == "digits":
+        config.scores = ("fd", "knn_accuracy")
+    else:
+        config.update(scores=("fd", "sfd", "is", "kid", "precision_recall"), num=10_000)
+    return config
