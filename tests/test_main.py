@@ -21,6 +21,7 @@ def get_config(experiment):
     if experiment == "ldm":
         config.model.update(channel_mult=(1,), attention_resolutions=())
         config.update(steps=300, log_every=1, checkpoint_every=150)
+        config.eval.update(every=100, every_num=10)
     return config
 """
 
@@ -65,6 +66,8 @@ def fails(*arguments, cwd):
         (["--mode=sample", "--workdir=none"], ["none", "no config.json"]),
         (["--mode=sample", "--step=3"], ["runs/ldm-digits"]),
         (["--step=3"], ["--step=3", "--mode=sample"]),
+        (["--mode=evaluate", "--workdir=none"], ["none", "no config.json"]),
+        (["--config.eval.scores=('fid',)"], ["config.eval.scores = 'fid'", "fd"]),
         (["--mode=import"], ["--from", "must be given with --mode=import"]),
         (["--to=x"], ["--to=x", "only there"]),
         (["--format=diffusers"], ["--format=diffusers", "export only"]),
@@ -137,9 +140,18 @@ def test_train_stop_go_on_sample(tmp_path):
     for line in ("sample grid: run/samples/final.png", "checkpoints: run/checkpoints", "--mode=sample --workdir=run"):
         assert line in done.stdout
     scores = json.loads((run / "scores.json").read_text())
-    assert {"val_loss", "knn_accuracy", "knn_accuracy_real"} == set(scores)
+    assert {"val_loss"} == set(scores["validation"])
+    (record,) = scores["records"]
+    assert {"knn_accuracy", "knn_accuracy_real"} == set(record["scores"])
+    assert record["protocol"]["step"] == 300 and record["protocol"]["num"] == 16
+    with np.load(run / "samples" / "denoising.npz") as data, np.load(run / "samples" / "real.npz") as real:
+        assert data["x_t"].shape == data["x0"].shape == (3, 8, 16, 16, 3) and data["t"].tolist() == [666, 333, 0]
+        assert real["arr_1"].tolist() == sorted(list(range(10)) * 8) and real["class_names"].tolist() == list(
+            "0123456789"
+        )
     metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [m["step"] for m in metrics if "loss" in m] == list(range(1, 301))
+    assert [(m["step"], m["eval_num"]) for m in metrics if "eval_knn_accuracy" in m] == [(100, 10), (200, 10)]
     assert {"loss", "lr", "grad_norm", "images_per_second", "step_time", "mfu"} <= set(metrics[0])
     assert all(0 < m["mfu"] < 1 for m in metrics if "loss" in m)
     assert re.search(r"\ndiffusion: \S+ MFLOP an image, peak \S+ GFLOP/s a device \(float32 matrix", done.stdout)
@@ -162,6 +174,16 @@ def test_train_stop_go_on_sample(tmp_path):
     assert Image.open(grid).size == (34, 34)
     with np.load(grid.with_suffix(".npz")) as data:
         assert data["arr_0"].shape == (4, 16, 16, 3) and data["arr_1"].tolist() == [7, 2, 7, 2]
+    # The same samples from their file, scored: no checkpoint is needed for it.
+    images = f"--config.eval.images={grid.with_suffix('.npz')}"
+    scored = jaxdiff("--mode=evaluate", "--workdir=run", images, cwd=tmp_path)
+    assert scored.returncode == 0, scored.stderr
+    assert re.match(r"knn_accuracy \S+  knn_accuracy_real \S+\n  of 4 ", scored.stdout)
+    assert len(json.loads((run / "scores.json").read_text())["records"]) == 2
+    assert "config.eval.images = 'none'" in fails(
+        "--mode=evaluate", "--workdir=run", "--config.eval.images=none", cwd=tmp_path
+    )
+    assert "only sample.*, eval.*" in fails("--mode=evaluate", "--workdir=run", "--config.lr=1.", cwd=tmp_path)
     # A sweep, with the older checkpoint as the weak model.
     settings[-1] = "--config.sample.guidance=(0.,1.5)"
     weak = ["--config.sample.autoguidance=run", "--config.sample.autoguidance_step=150"]

@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from jaxdiff import images
+from jaxdiff import diffusion, images
 from jaxdiff.build import build_autoencoder
 from jaxdiff.data.latents import Whitening
 from jaxdiff.errors import ConfigError
 from jaxdiff.generator import Decoder, Generator
+from jaxdiff.keys import named_key
 from jaxdiff.samples import columns, sample_labels, save_samples
 
 NAMES = ["cat", "dog", "7"]
@@ -171,6 +172,19 @@ def test_a_sweep_is_one_program_and_the_runs_at_each_weight(config, params):
         alone = draw(generator, params, config, labels, guidance=w)
         assert np.abs(samples.astype(int) - alone).max() <= 1 and np.abs(again.astype(int) - alone).max() <= 1
         assert w == 0 or (samples != swept[0]).any(axis=(1, 2, 3)).all()
+
+
+def test_the_way_from_noise_to_the_image(generator, params, config):
+    labels = np.arange(3)
+    settings = changed(config, steps=5, guidance=1.5, batch_size=8)
+    frames = generator.denoising(params, settings, labels, frames=4)
+    assert frames["t"].tolist() == [800, 600, 200, 0] and frames["x_t"].shape == (4, 3, 8, 8, 3)
+    keys = diffusion.sample_keys(named_key(settings.seed, "sample"), np.arange(3))
+    noise = images.to_uint8(diffusion.initial_noise(keys, (8, 8, 3)))
+    np.testing.assert_array_equal(frames["x_t"][0], noise)
+    drawn = generator(params, settings, labels).astype(int)
+    assert np.abs(frames["x0"][-1] - drawn).max() <= 1  # DDIM ends in the last prediction
+    assert (frames["x0"][0] != frames["x0"][-1]).any()
 
 
 def program(generator, params, config, **settings):
