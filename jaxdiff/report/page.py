@@ -1,0 +1,81 @@
+"""From workdirs to one HTML file that needs nothing else."""
+
+import datetime
+import functools
+import itertools
+import os
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jinja2
+from jinja2.utils import htmlsafe_json_dumps
+from markupsafe import Markup
+
+from jaxdiff.report.curves import read_charts
+from jaxdiff.report.pictures import LEVELS, Album, OverBudgetError
+from jaxdiff.report.reading import Run, read_runs
+from jaxdiff.report.sections import SECTIONS, Context
+from jaxdiff.report import text
+
+LIMIT = 15_000_000  # bytes of a report
+RESERVE = 400_000  # of them for words and tables
+
+
+def write_report(workdirs: Sequence[pathlib.Path], target: pathlib.Path, limit: int = LIMIT) -> pathlib.Path:
+    """Write the report of `workdirs` to `target`, one HTML file of at most about `limit` bytes, replacing an older one.
+
+    Pictures that would make it larger are made smaller or fewer, or are left out, and the report says so.
+
+    Returns: `target`.
+
+    Raises: ConfigError when a workdir has no config.json.
+    """
+    runs = read_runs(workdirs)
+    charts = read_charts(runs)
+    plotted = {chart.key: chart.item for groups in charts.values() for group in groups for chart in group}
+    environment = _environment()
+    script = _bokeh()
+    fixed = len(script) + len(htmlsafe_json_dumps(plotted)) + RESERVE
+    for level in LEVELS:
+        album = Album(level, limit - fixed, strict=level is not LEVELS[-1])
+        try:
+            sections = [section for make in SECTIONS if (section := make(Context(runs, charts, album)))]
+            break
+        except OverBudgetError:
+            continue
+    page = environment.get_template("page.html").render(
+        title=", ".join(run.name for run in runs if run.own),
+        sections=sections,
+        notes=album.notes(),
+        plotted=plotted,
+        bokeh=Markup(script),
+        made=text.moment(datetime.datetime.now().timestamp()),
+    )
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
+    partial.write_text(page, encoding="utf-8")
+    partial.replace(target)  # a reader sees the old report or the whole new one
+    return target
+
+
+def _bokeh() -> str:
+    """The script of Bokeh, as it may stand inside <script>."""
+    import bokeh
+
+    path = pathlib.Path(bokeh.__file__).parent / "server" / "static" / "js" / "bokeh.min.js"
+    return path.read_text(encoding="utf-8").replace("</script", "<\\/script")
+
+
+def _environment() -> jinja2.Environment:
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("jaxdiff.report"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"figures": text.figures, "setting": text.setting}
+    environment.globals["counter"] = functools.partial(next, itertools.count())
+    environment.globals["source"] = lambda name: Markup(environment.loader.get_source(environment, name)[0])
+    return environment
