@@ -7,11 +7,12 @@ Also `:cifar10`, `:folder` and `:npz` (with --config.data.path=...), `:tfds:NAME
 The tables are written to WORKDIR/RESULTS.md, what was decided to WORKDIR/ladder.json.
 """
 
+import pathlib
+import runpy
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from configs import ddpm, ldm_cfg
 from jaxdiff.config import fields
 
 # Each is a latent diffusion of its own, with these fields changed. A new one is a line here, and its share below.
@@ -21,6 +22,12 @@ TECHNIQUES: dict[str, dict[str, Any]] = {
 SHARED = ("seed", "dtype", "eval")  # given once, for all trainings
 
 
+def _experiment(name: str, dataset: str) -> ConfigDict:
+    """The config of another file of this folder, from wherever the command is given."""
+    config: ConfigDict = runpy.run_path(str(pathlib.Path(__file__).with_name(f"{name}.py")))["get_config"](dataset)
+    return config
+
+
 def get_config(dataset: str = "digits") -> ConfigDict:
     """The ladder of a data set in `jaxdiff.config.DATASETS`."""
     config = fields.base("ladder", dataset)
@@ -28,9 +35,10 @@ def get_config(dataset: str = "digits") -> ConfigDict:
     # Of the minutes; the rest is for sampling and scoring. 0 leaves a technique out.
     config.shares = ConfigDict(dict(autoencoder=0.15, ddpm=0.25, ldm=0.2, cosine=0.2))
     config.least_steps = 1000  # that a training gets, whatever its share
-    config.ddpm = ddpm.get_config(dataset)
+    config.ddpm = _experiment("ddpm", dataset)
+    own_steps = config.ddpm.sample.steps
     config.ddpm.sample.update(sampler="ddpm", steps=config.ddpm.diffusion.num_steps)
-    config.ldm = ldm_cfg.get_config(dataset)
+    config.ldm = _experiment("ldm_cfg", dataset)
     config.ldm.sample.guidance = 0.0
     config.eval = fields.evaluation(dataset)
     config.eval.steps = (50, 100, 200)  # of DDIM on the pixels' checkpoint
@@ -40,7 +48,7 @@ def get_config(dataset: str = "digits") -> ConfigDict:
     if dataset == "digits":
         config.minutes, config.least_steps = 30.0, 100
         config.shares.update(autoencoder=0.06, ddpm=0.3, ldm=0.16, cosine=0.16)
-        config.ddpm.sample.steps = ddpm.get_config(dataset).sample.steps  # 1000 cost a CPU too much
+        config.ddpm.sample.steps = own_steps  # 1000 cost a CPU too much
         config.eval.update(scores=("fd", "kid", "knn_accuracy"), num=300)
 
     # Pixels and latents may be of images of different sizes; all else of the data is the same.

@@ -63,7 +63,7 @@ class Scorer:
     def __call__(
         self, params: Any, settings: ConfigDict, step: int, drawn: tuple[np.ndarray, Stopwatch] | None = None
     ) -> Record:
-        """Score the samples that `settings` describe at the parameters of a step; `drawn`, if they are there already."""
+        """Score the samples that `settings` describe at the parameters of a step; `drawn`, if they are there yet."""
         labels = self.labels(settings)
         samples, watch = drawn or self.draw(params, settings)
         known = labels if self._config.model.conditional else None

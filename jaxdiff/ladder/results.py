@@ -149,9 +149,9 @@ def _trainings(config: ConfigDict, workdir: pathlib.Path) -> list[str]:
     heads = ["training", "steps", "of the recipe", "set by", "s/step", "share, min", "trained, min", "scored, min"]
     over = [name for name, r in rungs.items() if r["limit"] == "minimum"]
     note = (
-        "Steps were measured and chosen before each training: the recipe's, or fewer where its share of the budget ends "
-        "(learning rate and warm-up shrink with them). Trained: with validation, checkpoints and the first samples and "
-        "their scores; scored: further samples and scores."
+        "Steps were measured and chosen before each training: the recipe's, or fewer where its share of the budget "
+        "ends (the learning rate falls to 0 within them). Trained: with validation, checkpoints and first samples with "
+        "scores; scored: further samples and scores."
     )
     if over:
         note += f" The share of {', '.join(over)} was too small for the least number of steps, {config.least_steps:,}."
@@ -173,17 +173,16 @@ def _table(table: Table, config: ConfigDict, workdir: pathlib.Path) -> list[str]
     names = list(dict.fromkeys(name for _, record in records for name in record["scores"] if not SPREAD.match(name)))
     base = found[0][1]
     lines = []
-    for row, record in found:
-        if record is None:
+    for row, own in found:
+        if own is None:
             lines.append([row.label, "not yet"])
             continue
-        scores, seconds = record["scores"], record["seconds"]
+        seconds, num = own["seconds"], own["protocol"]["num"]
         sampling = seconds["sampling"]
-        cells = [row.label, f"{record['protocol']['step']:,}", *(_score(name, scores) for name in names)]
-        cells += [f"{sampling:.3g}", f"{record['protocol']['num'] / sampling:.3g}", f"{seconds['compile']:.3g}"]
-        if table.speedup:
-            comparable = base and base["protocol"]["num"] == record["protocol"]["num"]
-            cells.append(f"{base['seconds']['sampling'] / sampling:.2f}" if base and comparable else "")
+        cells = [row.label, f"{own['protocol']['step']:,}", *(_score(name, own["scores"]) for name in names)]
+        cells += [f"{sampling:.3g}", f"{num / sampling:.3g}", f"{seconds['compile']:.3g}"]
+        if table.speedup:  # all of a ladder's records are of as many samples
+            cells.append(f"{base['seconds']['sampling'] / sampling:.2f}" if base else "")
         lines.append(cells)
     for labels, record in groups.values():
         if floor := record["floor"]:

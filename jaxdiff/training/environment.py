@@ -19,7 +19,7 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
 def record_start(workdir: pathlib.Path, mesh: Mesh, mode: str = "train") -> None:
-    """Add a line to `workdir`/starts.jsonl for a training, or another mode, that starts: command, versions, devices, commit."""
+    """Add a line to `workdir`/starts.jsonl for a training (or `mode`) that starts: command, versions, commit."""
     record = {
         "command": command(sys.argv),
         "mode": mode,

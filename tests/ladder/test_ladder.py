@@ -194,68 +194,68 @@ def test_a_minimum_above_the_share_is_said(tmp_path):
     assert "The share of ddpm was too small for the least number of steps, 100." in results(tmp_path)
 
 
-def tiny_ladder(tiny):
-    """A ladder that is climbed in seconds: two trainings in latents, one in pixels, of two steps each."""
-    config = preset.get_config()
-    for name in ("ddpm", "ldm"):
-        own = tiny(name)
-        own.model.update(channel_mult=(1,), attention_resolutions=(), mid_attention=False, context_tokens=0)
-        own.steps = 2
-        for field in ("batch_size", "steps", "epochs", "warmup_steps", "log_every", "sample_every", "checkpoint_every"):
-            config[name][field] = own[field]
-        config[name].model, config[name].data.image_size = own.model, own.data.image_size
-        config[name].sample.update(num=16, batch_size=16, steps=2)
-        if name == "ldm":
-            config.ldm.autoencoder = own.autoencoder
-            config.ldm.autoencoder.train.steps = 2
-    config.ddpm.sample.sampler = "ddpm"
-    config.eval.update(scores=("knn_accuracy",), num=16, steps=(3,))
-    config.guidance, config.least_steps = (1.5,), 1
+@pytest.fixture
+def short(tiny, monkeypatch):
+    """A ladder of which only the pixels' training is climbed, of two steps."""
+    config, own = preset.get_config(), tiny("ddpm")
+    own.model.update(channel_mult=(1,), attention_resolutions=(), mid_attention=False, context_tokens=0)
+    own.steps = 2
+    for field in ("batch_size", "steps", "epochs", "warmup_steps", "log_every", "sample_every", "checkpoint_every"):
+        config.ddpm[field] = own[field]
+    config.ddpm.model, config.ddpm.data.image_size = own.model, own.data.image_size
+    config.ddpm.sample.update(num=16, batch_size=16, steps=2)
+    config.eval.update(scores=("knn_accuracy",), num=16, steps=(2,))
+    config.ldm.autoencoder.train.batch_size = config.ldm.batch_size = 64
+    validate(config, jax.device_count())
+    monkeypatch.setattr(climb, "rung_names", lambda config: ["ddpm"])
     return config
 
 
-def test_a_ladder_that_is_stopped_goes_on_and_computes_nothing_twice(tiny, tmp_path, monkeypatch):
-    config, workdir = tiny_ladder(tiny), tmp_path / "ladder"
-    validate(config, jax.device_count())
-    run_train, before = climb.run_train, signal.getsignal(signal.SIGTERM)
-    trained = []
+def test_a_ladder_that_is_stopped_goes_on_and_computes_nothing_twice(short, tmp_path, monkeypatch):
+    config, workdir = short, tmp_path / "ladder"
+    run_train, run_evaluate = climb.run_train, climb.run_evaluate
+    before, done = signal.getsignal(signal.SIGTERM), []
 
-    def stopped_after_one(own, folder):
-        if trained:
-            os.kill(os.getpid(), signal.SIGTERM)
-        trained.append(folder.name)
-        return run_train(own, folder)
+    def climb_until(stop):
+        def stopping(name, function):
+            def wrapped(*args, **kwargs):
+                if name == stop:
+                    os.kill(os.getpid(), signal.SIGTERM)
+                done.append(name)
+                return function(*args, **kwargs)
 
-    monkeypatch.setattr(climb, "run_train", stopped_after_one)
-    with pytest.raises(Interrupted) as stop:
-        climb.run_ladder(config, workdir)
-    assert isinstance(stop.value, Stopped) and stop.value.signum == signal.SIGTERM
-    assert signal.getsignal(signal.SIGTERM) == before and trained == ["autoencoder"]
-    decided = read_ladder(workdir)["rungs"]
-    assert set(decided) == {"autoencoder", "ddpm"} and decided["ddpm"]["steps"] == 2
-    assert lines_of(results(workdir), "Trainings")[3][-1] == "not yet"
+            monkeypatch.setattr(climb, f"run_{name}", wrapped)
 
-    def trains(own, folder):
-        trained.append(folder.name)
-        return run_train(own, folder)
+        stopping("train", run_train)
+        stopping("evaluate", run_evaluate)
+        if not stop:
+            return climb.run_ladder(config, workdir)
+        with pytest.raises(Interrupted) as stopped:
+            climb.run_ladder(config, workdir)
+        assert isinstance(stopped.value, Stopped) and stopped.value.signum == signal.SIGTERM
+        assert signal.getsignal(signal.SIGTERM) == before
 
-    monkeypatch.setattr(climb, "run_train", trains)
-    climb.run_ladder(config, workdir)
-    assert trained == ["autoencoder", "ddpm", "ldm", "cosine"]
-    after = read_ladder(workdir)["rungs"]
-    timed = ("train_seconds", "score_seconds")
-    assert {k: v for k, v in after["ddpm"].items() if k not in timed} == {
-        k: v for k, v in decided["ddpm"].items() if k not in timed
-    }
-    assert not (workdir / "cosine" / "autoencoder").exists()
+    climb_until("train")
+    (decided,) = read_ladder(workdir)["rungs"].values()
+    assert (decided["steps"], decided["limit"], decided["images"]) == (2, "recipe", 1500) and not done
+    assert 0 < decided["step_seconds"] < decided["compile_seconds"] and decided["train_seconds"] < 1
+    monkeypatch.setattr(climb, "measure_pace", None)  # it is not measured again
+    climb_until("evaluate")
+    assert done == ["train"]
     text = (workdir / "RESULTS.md").read_text()
-    assert "ot yet" not in text and text == results(workdir)
-    assert [line[0] for line in lines_of(text, "4. Guidance")[2:]] == ["latent diffusion, w = 0", "w = 1.5"]
-    assert [line[0] for line in lines_of(text, "5. Techniques")[3:]] == ["cosine: diffusion.schedule = cosine"]
+    assert [line[1] for line in lines_of(text, "2. DDIM")[2:]] == ["2", "not yet"]  # a training scores itself
+    climb_until(None)
+    assert done == ["train", "evaluate", "evaluate"]
+    after = read_ladder(workdir)["rungs"]["ddpm"]
+    assert {name for name in after if after[name] != decided[name]} == {"train_seconds", "score_seconds"}
+    text = (workdir / "RESULTS.md").read_text()
+    assert text == results(workdir)
+    _, _, ddpm, ddim = lines_of(text, "2. DDIM")
+    assert [ddpm[0], ddpm[1], ddim[0]] == ["DDPM, 2 steps", "2", "DDIM, 2 steps"]
+    assert float(ddim[-1]) > 0 and 0 <= float(ddim[2]) <= 1
 
-    # Again: all is there.
-    kept = {path: path.read_bytes() for path in workdir.rglob("scores.json")}
-    pictures = sorted(workdir.rglob("*.png"))
-    climb.run_ladder(config, workdir)
-    assert trained == ["autoencoder", "ddpm", "ldm", "cosine"] and sorted(workdir.rglob("*.png")) == pictures
-    assert {path: path.read_bytes() for path in workdir.rglob("scores.json")} == kept
+    kept = {path: path.read_bytes() for path in workdir.rglob("*.*") if path.suffix in (".png", ".npz")}
+    scores = (workdir / "ddpm" / "scores.json").read_bytes()
+    climb_until(None)
+    assert "train" not in done[3:] and (workdir / "ddpm" / "scores.json").read_bytes() == scores
+    assert {path: path.read_bytes() for path in workdir.rglob("*.*") if path.suffix in (".png", ".npz")} == kept
