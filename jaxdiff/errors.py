@@ -11,3 +11,11 @@ class Stopped(Exception):
     def __init__(self, step: int, total: int, signum: int) -> None:
         super().__init__(f"stopped and saved at step {step:,} of {total:,}; the same command goes on from there")
         self.signum = signum
+
+
+class Interrupted(Stopped):
+    """Stopped where nothing is trained: what is finished is in its files."""
+
+    def __init__(self, signum: int) -> None:
+        Exception.__init__(self, "stopped; what is finished is kept, the same command goes on from there")
+        self.signum = signum

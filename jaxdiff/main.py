@@ -12,6 +12,7 @@ from jaxdiff.errors import ConfigError, Stopped
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 MODES = {
     "train": "train, or go on, to the end",
+    "ladder": "train, sample and score all of configs/ladder.py in its minutes",
     "sample": "draw images from a checkpoint",
     "evaluate": "score a checkpoint, or images that there are",
     "prepare": "store a data set's images at the size that is trained on",
@@ -62,6 +63,9 @@ def run(argv: list[str]) -> None:
             raise ConfigError(f"--{flag}={args[flag].value or ''}: must be given with --mode={mode}, and only there")
     if args.format and args.mode != "export":
         raise ConfigError(f"--format={args.format}: must be given with --mode=export only")
+    if (args.config.experiment == "ladder") != (args.mode == "ladder"):
+        only = "configs/ladder.py is for --mode=ladder" if args.mode != "ladder" else "needs --config=configs/ladder.py"
+        raise ConfigError(f"--mode={args.mode} with --config={args.config.name}: {only}")
     # The libraries' running commentary; XLA's while it tries out GPU kernels cannot be turned off later.
     logging.set_verbosity(logging.ERROR)
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
@@ -72,6 +76,8 @@ def run(argv: list[str]) -> None:
     overrides = config_flags.get_override_values(args["config"])
     if args.mode == "train":
         startup.train(args.config, workdir)
+    elif args.mode == "ladder":
+        startup.ladder(args.config, workdir)
     elif args.mode == "prepare":
         startup.prepare(args.config)
     elif args.mode == "encode":

@@ -31,6 +31,17 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> None:
     run_train(config, workdir)
 
 
+def ladder(config: ConfigDict, workdir: pathlib.Path) -> None:
+    """--mode=ladder, for a config as it came from the command line."""
+    from jaxdiff.ladder.climb import run_ladder
+    from jaxdiff.ladder.rungs import check_workdir, validate
+
+    start()
+    validate(config, jax.device_count())
+    check_workdir(config, workdir)
+    run_ladder(config, workdir)
+
+
 def prepare(config: ConfigDict) -> None:
     """--mode=prepare: store the data set's images as records; says where, and what was left out."""
     from jaxdiff.data.prepare import prepare as store

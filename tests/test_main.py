@@ -65,6 +65,12 @@ def fails(*arguments, cwd):
         ([f"--config={ROOT}/configs/ddpm.py:imagenet100"], ["data/imagenet100/train", "--config.data.path", "Kaggle"]),
         (["--mode=sample", "--workdir=none"], ["none", "no config.json"]),
         (["--mode=sample", "--step=3"], ["runs/ldm-digits"]),
+        (["--mode=ladder"], ["--mode=ladder", "ldm-digits", "needs --config=configs/ladder.py"]),
+        ([f"--config={ROOT}/configs/ladder.py"], ["--mode=train", "ladder-digits", "is for --mode=ladder"]),
+        (
+            ["--mode=ladder", f"--config={ROOT}/configs/ladder.py", "--config.ldm.lr=0.0"],
+            ["training ldm", "config.lr = 0.0", "positive"],
+        ),
         (["--step=3"], ["--step=3", "--mode=sample"]),
         (["--mode=evaluate", "--workdir=none"], ["none", "no config.json"]),
         (["--config.eval.scores=('fid',)"], ["config.eval.scores = 'fid'", "fd"]),

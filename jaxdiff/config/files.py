@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -99,7 +100,7 @@ def save(config: ConfigDict, path: pathlib.Path) -> None:
 def load(path: pathlib.Path) -> ConfigDict:
     """Read what `save` wrote, in this version or an earlier one."""
     config = ConfigDict(_tuples(json.loads(path.read_text())))
-    for name, value in ADDED_FIELDS.items():
+    for name, value in ADDED_FIELDS.items() if config.get("experiment") != "ladder" else ():
         *parts, field = name.split(".")
         group: Any = config
         for part in parts:
@@ -126,7 +127,7 @@ def flatten(config: ConfigDict, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def check_workdir(config: ConfigDict, workdir: pathlib.Path) -> None:
+def check_workdir(config: ConfigDict, workdir: pathlib.Path, may_change: Callable[[str], bool] = may_change) -> None:
     """ConfigError when `workdir` was made with another config (but for what `may_change`) or is not one."""
     path = workdir / "config.json"
     if path.exists():

@@ -63,15 +63,23 @@ class Scorer:
     def __call__(
         self, params: Any, settings: ConfigDict, step: int, drawn: tuple[np.ndarray, Stopwatch] | None = None
     ) -> Record:
-        """Score the samples that `settings` describe at the parameters of a step; `drawn`, if they are there."""
+        """Score the samples that `settings` describe at the parameters of a step; `drawn`, if they are there yet."""
         labels = self.labels(settings)
         samples, watch = drawn or self.draw(params, settings)
         known = labels if self._config.model.conditional else None
-        protocol = sample_protocol(self._config, settings, step, len(self._names))
+        protocol = self._described(settings, step)
         record = self._judge(samples, known, protocol, watch)
         stem = f"eval-step{step}-{settings.weights}-{settings.sampler}{settings.steps}-w{settings.guidance:g}"
         keep_record(record, self._workdir, f"{stem}-n{len(samples)}-seed{settings.seed}", samples, known, self._judge)
         return record
+
+    def known(self, settings: ConfigDict, step: int) -> Record | None:
+        """The record in the workdir of what a call would score in the same way; None where there is none."""
+        protocol = self._judge.protocol(settings.num, self._described(settings, step))
+        return next((r for r in read_scores(self._workdir)["records"] if r["protocol"] == protocol), None)
+
+    def _described(self, settings: ConfigDict, step: int) -> dict[str, Any]:
+        return sample_protocol(self._config, settings, step, len(self._names))
 
     def labels(self, settings: ConfigDict) -> Int[np.ndarray, " num"]:
         """Labels of images 0..num-1; errors as in `sample_labels`."""
@@ -118,9 +126,10 @@ def keep_record(
     say(describe(record))
 
 
-def run_evaluate(config: ConfigDict, workdir: pathlib.Path, step: int | None) -> list[Record]:
+def run_evaluate(config: ConfigDict, workdir: pathlib.Path, step: int | None, *, again: bool = True) -> list[Record]:
     """--mode=evaluate: score samples of the newest (or given) checkpoint, at all weights and numbers of steps that are
-    asked for, or with `config.eval.images` the images there."""
+    asked for, or with `config.eval.images` the images there. Not `again`: samples whose record is there are passed
+    over."""
     mesh, e = meshes.make_mesh(), config.eval
     judged = read_images(pathlib.Path(e.images), "config.eval.images") if e.images else None
     train, val = load_source(config.data, "train"), load_source(config.data, "val")
@@ -139,5 +148,6 @@ def run_evaluate(config: ConfigDict, workdir: pathlib.Path, step: int | None) ->
     for steps in tuple(e.steps) or (config.sample.steps,):
         for w in guidance_weights(config.sample):
             settings = with_fields(config.sample, steps=steps, guidance=w, num=e.num or config.sample.num)
-            records.append(scorer(params, settings, meta["step"]))
+            known = None if again else scorer.known(settings, meta["step"])
+            records.append(known or scorer(params, settings, meta["step"]))
     return records

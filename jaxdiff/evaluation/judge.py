@@ -76,7 +76,7 @@ class Judge:
         self.judged = None
         if self._names or self.settings.neighbours:
             self.judged = self.image_set(source, "images", cached=False)
-        scores, floor, told = self._of_features(self.judged, watch) if self._names else ({}, {}, {})
+        scores, floor = self._of_features(self.judged, watch) if self._names else ({}, {})
         with watch.part("scores"):
             for name in self.settings.scores:
                 if name in IMAGE_SCORES:
@@ -87,14 +87,30 @@ class Judge:
         return {
             "scores": scores,
             "floor": floor,
-            "protocol": {"num": len(images), **protocol, **told},
+            "protocol": self.protocol(len(images), protocol),
             "seconds": watch.seconds,
             "device": f"{self.mesh.size} x {device}",
             "pictures": {},
         }
 
-    def _of_features(self, judged: Any, watch: Stopwatch) -> tuple[Scores, Scores, dict[str, Any]]:
+    def protocol(self, num: int, images: dict[str, Any]) -> dict[str, Any]:
+        """The protocol of a record of `num` images, which `images` says what they are; nothing is computed."""
+        if not self._names:
+            return {"num": num, **images}
         e, x = self.settings, self.extractor
+        reference, (floor_set, _) = self._real[e.reference], self._floor_sets(num)
+        return {
+            "num": num,
+            **images,
+            "reference": {"name": e.reference, "num": len(reference), "sha256": reference.source.checksum},
+            "floor": {"name": floor_set.name.split()[0], "num": len(floor_set)},
+            "extractor": {"name": x.name, "weights": x.weights, "resize": x.resize},
+            **({"k": e.k} if "precision_recall" in self._names else {}),
+            **({"splits": e.splits} if "is" in self._names else {}),
+        }
+
+    def _of_features(self, judged: Any, watch: Stopwatch) -> tuple[Scores, Scores]:
+        e = self.settings
         reference = self._real[e.reference]
         with watch.part("features"):
             _ = judged.features
@@ -115,14 +131,7 @@ class Judge:
             scores: Scores = {}
             for name in self._names:
                 scores |= self._score(name, judged)
-        told = {
-            "reference": {"name": e.reference, "num": len(reference), "sha256": reference.source.checksum},
-            "floor": {"name": floor_set.name.split()[0], "num": len(floor_set)},
-            "extractor": {"name": x.name, "weights": x.weights, "resize": x.resize},
-            **({"k": e.k} if "precision_recall" in self._names else {}),
-            **({"splits": e.splits} if "is" in self._names else {}),
-        }
-        return scores, self._floors[len(judged)], told
+        return scores, self._floors[len(judged)]
 
     def _score(self, name: str, judged: ImageSet) -> Scores:
         e = self.settings

@@ -18,11 +18,11 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
-def record_start(workdir: pathlib.Path, mesh: Mesh) -> None:
-    """Add a line to `workdir`/starts.jsonl for a training that starts: command, versions, devices, commit."""
+def record_start(workdir: pathlib.Path, mesh: Mesh, mode: str = "train") -> None:
+    """Add a line to `workdir`/starts.jsonl for a training (or `mode`) that starts: command, versions, commit."""
     record = {
         "command": command(sys.argv),
-        "mode": "train",
+        "mode": mode,
         "python": platform.python_version(),
         "packages": {name: version for name in PACKAGES if (version := installed(name))},
         "device": f"{mesh.size} x {mesh.devices.flat[0].device_kind}",

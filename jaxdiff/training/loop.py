@@ -191,6 +191,8 @@ def fit(
             read(*pending)
     checkpoints.close()
     logger.close()
+    if stop.signum:  # while the last step was saved, or its samples drawn
+        raise Stopped(total, total, stop.signum)
     return Result(state, validator.last or validator(state.ema))
 
 

@@ -53,7 +53,7 @@ def run_train(config: ConfigDict, workdir: pathlib.Path, *, stop_at: int | None 
     if config.experiment == "vae":
         scores = _train_autoencoder(config, workdir, train, val, mesh, stop_at)
     else:
-        experiment, generator = _diffusion_stage(config, workdir, train, val, mesh)
+        experiment, generator = diffusion_stage(config, workdir, train, val, mesh)
         judge = Judge(config.eval, train, val, mesh)
         judge.check(config.eval.num or config.sample.num)
         scorer = Scorer(config, workdir, generator, judge, train.class_names)
@@ -93,7 +93,7 @@ def vae_config(config: ConfigDict) -> ConfigDict:
     return vae
 
 
-def _diffusion_stage(
+def diffusion_stage(
     config: ConfigDict, workdir: pathlib.Path, train: Source, val: Source, mesh: Mesh
 ) -> tuple[Experiment, Generator]:
     """The UNet's training, after the stages that it builds on: none in pixels."""
@@ -187,7 +187,7 @@ def run_import(config: ConfigDict, workdir: pathlib.Path, params: Any, train: So
     if config.experiment == "vae":
         experiment = autoencoder_experiment(config, train, val, mesh)
     else:
-        experiment, _ = _diffusion_stage(config, workdir, train, val, mesh)
+        experiment, _ = diffusion_stage(config, workdir, train, val, mesh)
     optimizer, _ = recipe_optimizer(config, total_steps(config, len(train)))
     create = functools.partial(new_state, optimizer=optimizer, critic=experiment.objective.critic)
     key = named_key(config.seed, "init")

@@ -96,12 +96,13 @@ def test_killed_after_a_checkpoint(tiny, tmp_path, whole, monkeypatch):
     assert_same(workdir, whole)
 
 
-def test_sigterm_saves_and_stops(tiny, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("at", "saved"), [(6, 7), (STEPS, STEPS)])
+def test_sigterm_saves_and_stops(tiny, tmp_path, monkeypatch, at, saved):
     workdir = tmp_path / "run"
     lap = loop.StepTimer.lap
 
     def lap_then_signal(self, step):
-        if step == 6:
+        if step == at:
             os.kill(os.getpid(), signal.SIGTERM)
         return lap(self, step)
 
@@ -110,7 +111,7 @@ def test_sigterm_saves_and_stops(tiny, tmp_path, monkeypatch):
     with pytest.raises(Stopped) as stopped:
         run_train(config_of(tiny), workdir)
     assert stopped.value.signum == signal.SIGTERM
-    assert Checkpoints(workdir).latest == 7 and signal.getsignal(signal.SIGTERM) == before
+    assert Checkpoints(workdir).latest == saved and signal.getsignal(signal.SIGTERM) == before
 
 
 def test_finished_run_trains_no_more_and_overwrites_nothing(tiny, whole):

@@ -1,0 +1,1 @@
+"""--mode=ladder: all rungs of configs/ladder.py, and their tables."""
