@@ -12,6 +12,7 @@ from jaxdiff.errors import ConfigError, Stopped
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 MODES = {
     "train": "train, or go on, to the end",
+    "report": "write one HTML page about one or several workdirs",
     "ladder": "train, sample and score all of configs/ladder.py in its minutes",
     "sample": "draw images from a checkpoint",
     "evaluate": "score a checkpoint, or images that there are",
@@ -27,10 +28,10 @@ def define_flags() -> None:
     default = str(ROOT / "configs" / "ldm_cfg.py")
     config_flags.DEFINE_config_file("config", default, "Experiment, FILE or FILE:dataset; fields by --config.FIELD=...")
     flags.DEFINE_enum("mode", "train", list(MODES), "; ".join(f"{name}: {what}" for name, what in MODES.items()))
-    flags.DEFINE_string("workdir", None, "Folder of the run; default runs/<config.name>.")
+    flags.DEFINE_multi_string("workdir", None, "Folder of the run; default runs/<config.name>; several for the report.")
     flags.DEFINE_integer("step", None, "Checkpoint to sample from, to score, or to export; default the newest.")
     flags.DEFINE_string("from", None, "--mode=import: folder with a model of diffusers or ADM.")
-    flags.DEFINE_string("to", None, "--mode=export: folder to write.")
+    flags.DEFINE_string("to", None, "--mode=export: folder to write; --mode=report: file, default WORKDIR/report.html.")
     flags.DEFINE_enum("format", None, ["diffusers"], "--mode=export: of the folder; default diffusers.")
 
 
@@ -58,9 +59,12 @@ def run(argv: list[str]) -> None:
         raise ConfigError(
             f"--step={args.step}: for --mode=sample, evaluate and export; training goes on from the newest"
         )
-    for flag, mode in (("from", "import"), ("to", "export")):
-        if (args[flag].value is None) == (args.mode == mode):
+    for flag, mode, also in (("from", "import", ()), ("to", "export", ("report",))):
+        given = args[flag].value is not None
+        if given != (args.mode == mode) and not (given and args.mode in also):
             raise ConfigError(f"--{flag}={args[flag].value or ''}: must be given with --mode={mode}, and only there")
+    if args.workdir and len(args.workdir) > 1 and args.mode != "report":
+        raise ConfigError(f"--workdir={args.workdir[1]}: only --mode=report takes several")
     if args.format and args.mode != "export":
         raise ConfigError(f"--format={args.format}: must be given with --mode=export only")
     if (args.config.experiment == "ladder") != (args.mode == "ladder"):
@@ -71,7 +75,8 @@ def run(argv: list[str]) -> None:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     from jaxdiff import startup  # imports JAX, which --help and a misspelt flag need not wait for
 
-    workdir = pathlib.Path(args.workdir or f"runs/{args.config.name}")
+    workdirs = [pathlib.Path(folder) for folder in args.workdir or [f"runs/{args.config.name}"]]
+    workdir = workdirs[0]
     named = args.config.name if args["config"].present else None
     overrides = config_flags.get_override_values(args["config"])
     if args.mode == "train":
@@ -86,6 +91,8 @@ def run(argv: list[str]) -> None:
         startup.import_model(args.config, workdir, pathlib.Path(str(args["from"].value)), overrides)
     elif args.mode == "export":
         startup.export_model(workdir, pathlib.Path(args.to), named, overrides, args.step)
+    elif args.mode == "report":
+        startup.report(workdirs, args.to and pathlib.Path(args.to))
     elif args.mode == "evaluate":
         startup.evaluate(workdir, named, overrides, args.step)
     else:

@@ -13,6 +13,8 @@ from jaxdiff.build import build_autoencoder, build_unet
 from jaxdiff.config import check, files
 from jaxdiff.errors import ConfigError
 
+REPORT = "report.html"
+
 
 def start() -> None:
     """Join the other processes of the run, and keep compiled programs for the next start."""
@@ -29,17 +31,19 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> None:
     check.validate(config, jax.device_count())
     files.check_workdir(config, workdir)
     run_train(config, workdir)
+    try_report([workdir], workdir / REPORT)
 
 
 def ladder(config: ConfigDict, workdir: pathlib.Path) -> None:
     """--mode=ladder, for a config as it came from the command line."""
     from jaxdiff.ladder.climb import run_ladder
-    from jaxdiff.ladder.rungs import check_workdir, validate
+    from jaxdiff.ladder.rungs import check_workdir, rung_names, validate
 
     start()
     validate(config, jax.device_count())
     check_workdir(config, workdir)
     run_ladder(config, workdir)
+    try_report([workdir / name for name in rung_names(config)], workdir / REPORT)
 
 
 def prepare(config: ConfigDict) -> None:
@@ -216,3 +220,30 @@ def evaluate(workdir: pathlib.Path, named: str | None, overrides: dict[str, Any]
     check.validate_sample(config)
     check.validate_eval(config)
     run_evaluate(config, workdir, step)
+
+
+def report(workdirs: Sequence[pathlib.Path], target: pathlib.Path | None) -> None:
+    """--mode=report: one page about the workdirs; `target` may be left out for one, and may replace no other file.
+
+    Raises: ConfigError when it would, or when a workdir has no config.json.
+    """
+    from jaxdiff.report import GENERATOR, write_report
+
+    if target is None and len(workdirs) > 1:
+        raise ConfigError("--to=: must name the file to write, where there are several workdirs")
+    target = target or workdirs[0] / REPORT
+    if target.exists() and (not target.is_file() or GENERATOR not in target.read_bytes()[:4096]):
+        raise ConfigError(f"--to={target}: exists and is no report; give another")
+    print(f"report: {write_report(workdirs, target)}")
+
+
+def try_report(workdirs: Sequence[pathlib.Path], target: pathlib.Path) -> None:
+    """The report at the end of a run, which has not failed when its report does."""
+    if not meshes.is_main():
+        return
+    from jaxdiff.report import write_report
+
+    try:
+        print(f"report: {write_report(workdirs, target)}")
+    except Exception as error:  # whatever it is, all results are there, and --mode=report shows what is wrong
+        print(f"report: could not be made: {type(error).__name__}: {error}")

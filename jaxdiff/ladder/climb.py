@@ -49,7 +49,6 @@ def run_ladder(config: ConfigDict, workdir: pathlib.Path) -> None:
     with _Interruptible():
         for name in names:
             _climb(config, name, workdir, mesh)
-    # The place of the report: write_report([workdir / name for name in names], workdir / "report.html")
     say(f"all rungs are done; tables: {workdir / 'RESULTS.md'}")
 
 

@@ -1,8 +1,7 @@
 """Pictures of the report: what is shown, and with which words."""
 
 import json
-import pathlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -111,7 +110,9 @@ def _variant(run: Run, cells: Mapping[tuple[float, int], dict[str, Any]], album:
         where = f"w = {text.setting(float(at[0]))}, {at[1]} steps"
         path = record["pictures"].get("samples")
         picture = album.add(run.workdir / path, f"Samples of {run.name}, {where}") if isinstance(path, str) else None
-        lines = [f"{n}: {text.figures(record['scores'][n])}" for n in names if number(record["scores"].get(n)) is not None]
+        lines = [
+            f"{n}: {text.figures(record['scores'][n])}" for n in names if number(record["scores"].get(n)) is not None
+        ]
         caption = f"{run.name}, {where}. {'; '.join(lines)}. {tables.terse(record)}."
         shown[at] = {"picture": picture, "cell": cell, "best": at == best, "caption": caption, "where": where}
     label = known.label if known else name
@@ -196,7 +197,10 @@ def denoising(runs: Sequence[Run], album: Album) -> list[dict[str, Any]]:
             label = int(labels[k]) if labels is not None and k < len(labels) else None
             name = f"image {k + 1}" if label is None else f"class {names[label] if 0 <= label < len(names) else label}"
             pair = [
-                album.add(images.grid(arrays[key][chosen, k], len(chosen)), f"{what} of {run.name}, {name}, at t = {t[0]} to {t[-1]}")
+                album.add(
+                    images.grid(arrays[key][chosen, k], len(chosen)),
+                    f"{what} of {run.name}, {name}, at t = {t[0]} to {t[-1]}",
+                )
                 for key, what in (("x_t", "Noisy image x_t"), ("x0", "Predicted clean image"))
             ]
             if all(pair):

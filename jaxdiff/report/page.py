@@ -5,18 +5,17 @@ import functools
 import itertools
 import os
 import pathlib
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import jinja2
 from jinja2.utils import htmlsafe_json_dumps
 from markupsafe import Markup
 
+from jaxdiff.report import text
 from jaxdiff.report.curves import read_charts
 from jaxdiff.report.pictures import LEVELS, Album, OverBudgetError
-from jaxdiff.report.reading import Run, read_runs
+from jaxdiff.report.reading import read_runs
 from jaxdiff.report.sections import SECTIONS, Context
-from jaxdiff.report import text
 
 LIMIT = 15_000_000  # bytes of a report
 RESERVE = 400_000  # of them for words and tables

@@ -1,7 +1,5 @@
 """The sections of the report: each is a function of what was read, and a line in `SECTIONS`."""
 
-import datetime
-import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -79,7 +77,11 @@ def when(run: Run) -> str:
 
 def number_of(run: Run, name: str, label: str) -> tuple[str, str, str] | None:
     """The last, or median, of a number of training."""
-    values = [v for line in run.lines if line.get("stage", run.stage) == run.stage and (v := number(line.get(name))) is not None]
+    values = [
+        v
+        for line in run.lines
+        if line.get("stage", run.stage) == run.stage and (v := number(line.get(name))) is not None
+    ]
     if not values:
         return None
     return label, text.figures(float(np.median(values)) if "median" in label else values[-1]), ""
@@ -87,7 +89,11 @@ def number_of(run: Run, name: str, label: str) -> tuple[str, str, str] | None:
 
 def validation_fact(run: Run, name: str) -> tuple[str, str, str] | None:
     """A validation score: that of scores.json, while there is none the newest of metrics.jsonl."""
-    lines = [v for line in run.lines if line.get("stage", run.stage) == run.stage and (v := number(line.get(name))) is not None]
+    lines = [
+        v
+        for line in run.lines
+        if line.get("stage", run.stage) == run.stage and (v := number(line.get(name))) is not None
+    ]
     value = number(run.validation.get(name))
     value = (lines or [None])[-1] if value is None else value
     labels = {"val_loss": "Validation loss", "val_psnr": "Validation PSNR", "val_ssim": "Validation SSIM"}
@@ -106,7 +112,11 @@ def best_fact(run: Run) -> tuple[str, str, str] | None:
     _, record = min((s for s in scored if s[0] == name), key=lambda s: sign * s[1]["scores"][name])
     floor = tables.floor_of(record, name)
     real = "no floor recorded" if floor is None else f"real images: {text.figures(floor)}"
-    return f"{known.label if known else name}, best", text.figures(record["scores"][name]), f"{real}; {tables.terse(record)}"
+    return (
+        f"{known.label if known else name}, best",
+        text.figures(record["scores"][name]),
+        f"{real}; {tables.terse(record)}",
+    )
 
 
 def curves(context: Context) -> Section | None:
@@ -159,7 +169,11 @@ def neighbours(context: Context) -> Section | None:
     """Samples next to the training images that are most like them."""
     figures = galleries.neighbours(context.runs, context.album)
     intro = "Each sample next to the training images nearest to it: a model that has memorised would show copies."
-    return Section("neighbours", "Nearest training images", "figures.html", {"figures": figures}, intro) if figures else None
+    return (
+        Section("neighbours", "Nearest training images", "figures.html", {"figures": figures}, intro)
+        if figures
+        else None
+    )
 
 
 def scores(context: Context) -> Section | None:
@@ -178,7 +192,9 @@ def configs(context: Context) -> Section:
     own = [run for run in context.runs if run.own]
     whole = []
     for run in context.runs:
-        fields = [[tables.Cell(f, code=True), tables.Cell(text.setting(v))] for f, v in sorted(flatten(run.config).items())]
+        fields = [
+            [tables.Cell(f, code=True), tables.Cell(text.setting(v))] for f, v in sorted(flatten(run.config).items())
+        ]
         whole.append(tables.Table(f"Whole config of {run.name}", [tables.Head("Field"), tables.Head("Value")], fields))
     return Section("config", "Configuration", "tables.html", {"tables": tables.config_tables(own), "details": whole})
 

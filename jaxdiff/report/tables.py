@@ -167,11 +167,19 @@ def _record_table(rows: list[tuple[Run, dict[str, Any]]]) -> Table:
         known = metric(name)
         arrow = "" if known is None else " ↓" if known.lower else " ↑"
         better = "" if known is None else "; lower is better" if known.lower else "; higher is better"
-        head.append(Head(f"{known.label if known else name}{arrow}", f"{name}{known and ': ' + known.meaning or ''}{better}", True))
+        head.append(
+            Head(
+                f"{known.label if known else name}{arrow}",
+                f"{name}{known and ': ' + known.meaning or ''}{better}",
+                True,
+            )
+        )
     body = []
     for run, record in rows:
         cells = [score_cell(record, name, places[name]) for name in names]
-        body.append([Cell(run.name), Cell(whose(run, record)), Cell(text.figures(record["protocol"].get("num"))), *cells])
+        body.append(
+            [Cell(run.name), Cell(whose(run, record)), Cell(text.figures(record["protocol"].get("num"))), *cells]
+        )
     reference, extractor, floor = reference_of(records[0])
     facts = [("Reference", reference), ("Extractor", extractor), ("Real images (floor)", floor)]
     note = "“real” is what real images score at the same N: a score at its floor is as good as real at this N."
@@ -185,7 +193,10 @@ def _protocols(rows: list[tuple[Run, dict[str, Any]]]) -> Table:
     same = [f for f in fields if all(p.get(f) == flats[0].get(f) for p in flats)]
     differ = [f for f in fields if f not in same]
     head = [Head("Run"), *map(Head, differ)]
-    body = [[Cell(run.name), *(Cell(text.setting(p.get(f))) for f in differ)] for (run, _), p in zip(rows, flats, strict=True)]
+    body = [
+        [Cell(run.name), *(Cell(text.setting(p.get(f))) for f in differ)]
+        for (run, _), p in zip(rows, flats, strict=True)
+    ]
     facts = [(field, text.setting(flats[0][field])) for field in same if flats[0].get(field) is not None]
     return Table("Complete protocol", head if differ else [], body if differ else [], facts)
 
@@ -209,13 +220,24 @@ def validation_table(runs: Sequence[Run]) -> Table | None:
                 [
                     Cell(run.name),
                     Cell(known.label if known else name, name if known else ""),
-                    Cell(value, f"real {text.figures(floor)}" if floor is not None else "", _mark(name, scores[name], floor)),
+                    Cell(
+                        value,
+                        f"real {text.figures(floor)}" if floor is not None else "",
+                        _mark(name, scores[name], floor),
+                    ),
                     Cell(count),
                     Cell("training images" if name.startswith("knn_") else "validation images"),
                     Cell(_extractor(name)),
                 ]
             )
-    head = [Head("Run"), Head("Score"), Head("Value", numeric=True), Head("N", numeric=True), Head("Reference"), Head("Extractor")]
+    head = [
+        Head("Run"),
+        Head("Score"),
+        Head("Value", numeric=True),
+        Head("N", numeric=True),
+        Head("Reference"),
+        Head("Extractor"),
+    ]
     return Table("Validation", head, body) if body else None
 
 
@@ -249,7 +271,11 @@ def latency_table(runs: Sequence[Run]) -> Table | None:
     names = ("Run", "Sampler", "Steps", "Guidance w", "N", "Sampling", "Images/s", "Compilation", "Device")
     head = [Head(name, numeric=2 <= k < 8) for k, name in enumerate(names)]
     body = [cells for _, cells in sorted(entries, key=lambda entry: entry[0])]
-    return Table("Time of sampling", head, body, note="Sampling is without compilation, which is paid once.") if body else None
+    return (
+        Table("Time of sampling", head, body, note="Sampling is without compilation, which is paid once.")
+        if body
+        else None
+    )
 
 
 def config_tables(runs: Sequence[Run]) -> list[Table]:
