@@ -47,7 +47,7 @@ def get_config(dataset: str = "digits") -> ConfigDict:
 
     if dataset == "digits":
         config.minutes, config.least_steps = 30.0, 100
-        config.shares.update(autoencoder=0.06, ddpm=0.3, ldm=0.16, cosine=0.16)
+        config.shares.update(autoencoder=0.05, ddpm=0.27, ldm=0.14, cosine=0.14)
         config.ddpm.sample.steps = own_steps  # 1000 cost a CPU too much
         config.eval.update(scores=("fd", "kid", "knn_accuracy"), num=300)
 

@@ -56,6 +56,7 @@ def _climb(config: ConfigDict, name: str, workdir: pathlib.Path, mesh: Mesh) -> 
     """One rung: decide on its steps, train, score."""
     own, folder = rung_config(config, name, workdir), workdir / name
     decided = _decide(config, name, own, workdir, mesh)
+    _write(workdir)
     with_steps(own, decided["steps"], decided["images"])
     if not read_scores(folder)["validation"]:  # it is the last that a training writes, but for its scores
         with _Timed(workdir, name, "train_seconds"):

@@ -116,6 +116,8 @@ def _head(config: ConfigDict, workdir: pathlib.Path) -> str:
     if rungs:
         first = next(iter(rungs.values()))
         told[0] += f"; {first['images']:,} training images in {first['classes']} classes"
+    if config.ddpm.data.image_size != config.ldm.data.image_size:
+        told.append("Sizes: scores are against real images of the same size; tables 1 and 2 do not compare with 3 to 5")
     spent = sum(rung["train_seconds"] + rung["score_seconds"] for rung in rungs.values())
     told.append(f"Budget: {config.minutes:g} minutes; spent so far on training, sampling and scoring: {spent / 60:.1f}")
     for start in starts[-1:]:

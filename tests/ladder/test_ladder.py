@@ -58,7 +58,7 @@ def test_a_technique_changes_its_fields_and_shares_the_autoencoder(tmp_path):
     ("field", "value", "words"),
     [
         ("minutes", 0.0, "config.minutes = 0.0: must be positive"),
-        ("shares.ddpm", 0.9, "must be at most 1 in all, and is 1.28"),
+        ("shares.ddpm", 0.9, "must be at most 1 in all, and is 1.23"),
         ("shares.ddpm", 0.0, "config.shares.ddpm = 0.0: must be positive"),
         ("shares.dppm", 0.1, "config.shares.dppm = 0.1: must be of one of autoencoder, ddpm, ldm, cosine"),
         ("guidance", (0.0, 2.0), "config.guidance = (0.0, 2.0): must be positive weights"),
