@@ -49,11 +49,11 @@ class Judge:
         spatial = "sfd" in self._names
         return ImageSet(source, self.extractor, self.mesh, name, spatial=spatial, cached=cached)
 
-    def check(self, num: int) -> None:
+    def check(self, num: int, field: str = "eval.num") -> None:
         """ConfigError where `num` images, or those that they are compared with, are fewer than a score needs."""
         for name in self._names:
             least = FEATURE_SCORES[name].least(self.settings)
-            require(num >= least, "eval.num", num, f"at least {least} for the score {name!r}")
+            require(num >= least, field, num, f"at least {least} for the score {name!r}")
             split = self.settings.reference
             there = len(self._real[split])
             allowed = f"a set of at least {least} images for the score {name!r}; these are {there}"
@@ -71,7 +71,8 @@ class Judge:
         Raises: ConfigError for too few images, for labels that a score needs and that there are not, or for features
         that are not finite.
         """
-        self.check(len(images))
+        given = protocol.get("images", "samples") != "samples"
+        self.check(len(images), "eval.images" if given else "eval.num")
         source = array_source(images, np.zeros(len(images), np.int32) if labels is None else labels, ())
         self.judged = None
         if self._names or self.settings.neighbours:

@@ -2,12 +2,14 @@
 
 import json
 import pathlib
+import re
 from typing import Any
 
 from jaxdiff.config import files
 
 Record = dict[str, Any]  # scores, floor, protocol, seconds, device, pictures
 FILE = "scores.json"
+SHA256 = re.compile(r"\b([0-9a-f]{8})[0-9a-f]{56}\b")
 
 
 def read_scores(workdir: pathlib.Path) -> dict[str, Any]:
@@ -52,4 +54,5 @@ def describe(record: Record) -> str:
             f"{other['name']} images; {e['name']}: {e['weights']}, {e['resize']}"
         )
     seconds = ", ".join(f"{name} {value:.1f} s" for name, value in record["seconds"].items())
-    return "\n".join([*lines, f"  {seconds} on {record['device']}"])
+    said = "\n".join([*lines, f"  {seconds} on {record['device']}"])
+    return SHA256.sub(r"\1...", said)

@@ -163,3 +163,8 @@ def test_the_picture_of_nearest_training_images_finds_copies(data, cache):
         np.testing.assert_array_equal(first[:, left : left + 64], copy)
     assert sheet.shape == (16 + 2 * (64 + 14), 7 * 64 + 2 * 12 + 4 * 2, 3)
     assert neighbours_sheet(judge_of(data), samples) is None
+
+
+def test_too_few_of_ones_own_images_name_their_field(data, cache):
+    with pytest.raises(ConfigError, match="config.eval.images = 1: must be at least 2"):
+        judge_of(data, scores=("fd",))(data[0].batch(np.arange(1))["image"], None, {"images": "x.npz"}, Stopwatch())
