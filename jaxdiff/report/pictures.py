@@ -93,7 +93,9 @@ class Album:
 
     def notes(self) -> list[str]:
         """What was reduced or left out, in sentences."""
-        notes = [f"Evenly chosen, the first and the last among them: {'; '.join(self.thinned)}."] if self.thinned else []
+        notes = (
+            [f"Evenly chosen, the first and the last among them: {'; '.join(self.thinned)}."] if self.thinned else []
+        )
         if self.reduced:
             how = f"WebP of quality {self.level.quality}, at most {self.level.width:,} pixels wide"
             notes.append(f"{self.reduced} large pictures are kept with loss ({how}), the others without.")
