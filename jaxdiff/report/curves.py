@@ -20,10 +20,17 @@ MAIN = {
     "images_per_second": ("Speed", "images/s"),
     "mfu": ("Utilisation (MFU)", "share of the device's peak FLOP/s"),
 }
-VALIDATION = {"val_loss": ("Validation loss", ""), "val_psnr": ("Validation PSNR", "dB"), "val_ssim": ("SSIM", "")}
+VALIDATION = {
+    "val_loss": ("Validation loss", ""),
+    "val_psnr": ("Validation PSNR", "dB"),
+    "val_ssim": ("Validation SSIM", ""),
+}
 SKIPPED = ("step", "stage", "images", "step_time")  # step_time says what images_per_second does
 # Legible on white and on black; a ninth run begins anew, dashed.
 COLOURS = ("#2f7de1", "#d9622b", "#1f9a6d", "#b657c9", "#b98300", "#e0487f", "#0f9bb0", "#8a7a5c")
+# Bokeh puts what is between @ or $ and the next space there, escaped. Its box is light in dark pages, too.
+TOOLTIP = """<div style="color: #1d1f23; font: 13px system-ui, sans-serif"><b>$name</b><br>@value{%.5g}
+at step @step{0,0}<br>smoothed @line{%.5g}<br>@images{0,0} images</div>"""
 DASHES = ("solid", "dashed", "dotted")
 
 
@@ -197,10 +204,8 @@ def _chart(stage: str, name: str, series: list[Series], runs: Sequence[Run], poi
         hovered.append(plot.line("step", "line", line_width=2, line_dash=dash, **shared))
         if len(rows) < SMOOTHED:
             plot.scatter("step", "value", size=6, **shared)
-    smoothed = [("smoothed", "@line{%.4g}")] if any(len(s.value) >= SMOOTHED for s in series) else []
-    tips = [("run", "$name"), ("step", "@step{0,0}"), ("images", "@images{0,0}"), (name, "@value{%.5g}"), *smoothed]
     formatters: Any = {"@value": "printf", "@line": "printf"}
-    plot.add_tools(HoverTool(renderers=hovered, mode="vline", tooltips=tips, formatters=formatters))
+    plot.add_tools(HoverTool(renderers=hovered, mode="vline", tooltips=TOOLTIP, formatters=formatters))
     rows_of = [_row(s) for s in series]
     gaps = sum(int((~np.isfinite(s.value)).sum()) for s in series)
     return Chart(key, name, title, unit, rows_of, gaps, dict(json_item(plot)))

@@ -104,7 +104,7 @@ def _variant(run: Run, cells: Mapping[tuple[float, int], dict[str, Any]], album:
     sign = 1 if known is None or known.lower else -1
     values = {at: v for at, r in cells.items() if (v := number(r["scores"].get(name))) is not None}
     best = min(values, key=lambda at: sign * values[at])
-    places = text.decimals(values.values())
+    places = text.decimals(values.values(), 3)
     shown = {}
     for at, record in cells.items():
         cell = scoring.score_cell(record, name, places)

@@ -45,7 +45,7 @@ DRAWING: dict[str, tuple[str, str, bool]] = {
     "eta": ("eta", "", True),
     "spacing": ("Spacing", "", False),
     "weights": ("Weights", "", False),
-    "step": ("Trained", "steps", True),
+    "step": ("Training step", "of the checkpoint", True),
     "labels": ("Labels", "", False),
 }
 

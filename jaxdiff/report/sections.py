@@ -1,5 +1,6 @@
 """The sections of the report: each is a function of what was read, and a line in `SECTIONS`."""
 
+import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -43,7 +44,7 @@ def overview(context: Context) -> Section:
 
 def _card(run: Run, colour: str, runs: Sequence[Run]) -> dict[str, Any]:
     config, (done, total) = run.config, run.steps
-    data = config.data.get("name") or config.data.get("path") or config.data.source
+    data = config.data.get("name") or pathlib.Path(config.data.get("path") or config.data.source).name
     size = config.data.image_size
     if not total:
         state = f"step {done:,}"
@@ -136,7 +137,7 @@ def _single_table(stage: Stage) -> tables.Table | None:
 def training(context: Context) -> Section | None:
     """Grids drawn during training, on a slider."""
     figures = galleries.training(context.runs, context.album)
-    intro = "The same noise at every step: move the slider, or press the arrow keys on it."
+    intro = "Of the same noise, or the same validation images, at every step. Move the slider, or press its arrow keys."
     return Section("training", "Through training", "training.html", {"figures": figures}, intro) if figures else None
 
 
