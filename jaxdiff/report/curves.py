@@ -1,5 +1,6 @@
 """Curves of metrics.jsonl: read, smoothed, thinned, and as charts of Bokeh."""
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -17,12 +18,19 @@ MAIN = {
     "loss": ("Training loss", ""),
     "grad_norm": ("Gradient norm", "before clipping"),
     "images_per_second": ("Speed", "images/s"),
-    "mfu": ("Use of the device", "share of its peak FLOP/s"),
+    "mfu": ("Utilisation (MFU)", "share of the device's peak FLOP/s"),
 }
-VALIDATION = {"val_loss": ("Validation loss", ""), "val_psnr": ("Validation PSNR", "dB"), "val_ssim": ("SSIM", "")}
+VALIDATION = {
+    "val_loss": ("Validation loss", ""),
+    "val_psnr": ("Validation PSNR", "dB"),
+    "val_ssim": ("Validation SSIM", ""),
+}
 SKIPPED = ("step", "stage", "images", "step_time")  # step_time says what images_per_second does
 # Legible on white and on black; a ninth run begins anew, dashed.
 COLOURS = ("#2f7de1", "#d9622b", "#1f9a6d", "#b657c9", "#b98300", "#e0487f", "#0f9bb0", "#8a7a5c")
+# Bokeh puts what is between @ or $ and the next space there, escaped. Its box is light in dark pages, too.
+TOOLTIP = """<div style="color: #1d1f23; font: 13px system-ui, sans-serif"><b>$name</b><br>@value{%.5g}
+at step @step{0,0}<br>smoothed @line{%.5g}<br>@images{0,0} images</div>"""
 DASHES = ("solid", "dashed", "dotted")
 
 
@@ -47,6 +55,15 @@ class Chart(NamedTuple):
     item: dict[str, Any]  # JSON of Bokeh
 
 
+class Stage(NamedTuple):
+    """The numbers of a stage: charts shown first, others, and what has one value only: (name, run, value, step)."""
+
+    name: str
+    main: list[Chart]
+    others: list[Chart]
+    single: list[tuple[str, str, float, int]]
+
+
 def read_series(run: Run, stage: str, name: str) -> Series | None:
     """The number `name` of a stage of a run, None where no line has it."""
     lines = [line for line in run.lines if line.get("stage", run.stage) == stage and name in line]
@@ -58,19 +75,19 @@ def read_series(run: Run, stage: str, name: str) -> Series | None:
 
 
 def smooth(values: Float[np.ndarray, " n"], span: float) -> Float[np.ndarray, " n"]:
-    """Exponential average over about `span` values up to each, of those that are finite; NaN before the first.
+    """Average over about `span` values around each that are finite, without the lag of one over those before it.
 
-    y_k = sum_j d^(k-j) x_j / sum_j d^(k-j) over j <= k, with d = 1 - 2 / (span + 1).
+    y_k = sum_j d^|k-j| x_j / sum_j d^|k-j|, with d = 1 - 2 / (span + 1). NaN where there is nothing to average.
     """
-    decay, total, weight = 1 - 2 / (span + 1), 0.0, 0.0
-    out = np.full(len(values), math.nan)
-    for k, value in enumerate(values.tolist()):
-        total, weight = total * decay, weight * decay
-        if math.isfinite(value):
-            total, weight = total + value, weight + 1
-        if weight > 0:
-            out[k] = total / weight
-    return out
+    decay, finite = 1 - 2 / (span + 1), np.isfinite(values)
+    parts = np.stack([np.where(finite, values, 0), finite.astype(float)])
+
+    def before(parts: Float[np.ndarray, "2 n"]) -> Float[np.ndarray, "2 n"]:
+        sums = itertools.accumulate(parts.T.tolist(), lambda a, b: [a[0] * decay + b[0], a[1] * decay + b[1]])
+        return np.array(list(sums)).reshape(-1, 2).T
+
+    total, weight = before(parts) + before(parts[:, ::-1])[:, ::-1] - parts
+    return np.where(weight > 0, total / np.where(weight > 0, weight, 1), math.nan)
 
 
 def thin(values: Float[np.ndarray, " n"], most: int) -> Int[np.ndarray, " m"]:
@@ -92,6 +109,14 @@ def logarithmic(series: Sequence[Series]) -> bool:
     return bool(len(values)) and values.min() > 0 and values.max() > 20 * values.min()
 
 
+def log_ticks(series: Sequence[Series]) -> list[float]:
+    """Ticks of a log axis: 1, 2 and 5 times the powers of ten, these alone where there are many."""
+    values = np.concatenate([s.value[np.isfinite(s.value)] for s in series])
+    low, high = math.floor(math.log10(values.min())), math.ceil(math.log10(values.max()))
+    digits, apart = ((1, 2, 5), 1) if high - low <= 2 else ((1,), -(-(high - low) // 6))
+    return [float(f"{digit}e{power}") for power in range(low, high + 1, apart) for digit in digits]
+
+
 def names_of(runs: Sequence[Run], stage: str) -> tuple[list[str], list[str]]:
     """Names of the numbers of a stage: those shown first, and the others."""
     found: dict[str, None] = {}
@@ -107,20 +132,25 @@ def names_of(runs: Sequence[Run], stage: str) -> tuple[list[str], list[str]]:
     return main, sorted(set(names) - set(main))
 
 
-def read_charts(runs: Sequence[Run]) -> dict[str, tuple[list[Chart], list[Chart]]]:
-    """{stage: (charts shown first, the others)} of all runs, overlaid."""
+def read_stages(runs: Sequence[Run]) -> list[Stage]:
+    """The curves of all runs, overlaid, for each stage that one of them has."""
     named = {stage: names_of(runs, stage) for stage in STAGES}
     count = sum(len(main) + len(others) for main, others in named.values()) * len(runs)
     points = max(100, min(POINTS, ALL_POINTS // max(count, 1)))
-    charts = {}
+    stages = []
     for stage, groups in named.items():
-        made: list[list[Chart]] = []
-        for names in groups:
-            found = [(name, [s for run in runs if (s := read_series(run, stage, name))]) for name in names]
-            made.append([_chart(stage, name, series, runs, points) for name, series in found])
-        if any(made):
-            charts[stage] = made[0], made[1]
-    return charts
+        charts: list[list[Chart]] = [[], []]
+        single = []
+        for names, made in zip(groups, charts, strict=True):
+            for name in names:
+                series = [s for run in runs if (s := read_series(run, stage, name))]
+                if any(len(s.value) > 1 for s in series):
+                    made.append(_chart(stage, name, series, runs, points))
+                else:
+                    single += [(name, s.run.name, float(s.value[0]), int(s.step[0])) for s in series]
+        if any(groups):
+            stages.append(Stage(stage, charts[0], charts[1], single))
+    return stages
 
 
 def owners(runs: Sequence[Run]) -> dict[str, tuple[str, str]]:
@@ -132,7 +162,7 @@ def owners(runs: Sequence[Run]) -> dict[str, tuple[str, str]]:
 
 def _chart(stage: str, name: str, series: list[Series], runs: Sequence[Run], points: int) -> Chart:
     from bokeh.embed import json_item
-    from bokeh.models import ColumnDataSource, HoverTool
+    from bokeh.models import BasicTicker, ColumnDataSource, FixedTicker, HoverTool, NumeralTickFormatter
     from bokeh.plotting import figure
 
     key, (title, unit) = f"{stage}-{name}", {**MAIN, **VALIDATION}.get(name, (name, ""))
@@ -144,16 +174,22 @@ def _chart(stage: str, name: str, series: list[Series], runs: Sequence[Run], poi
         y_axis_type="log" if logarithmic(series) else "linear",
         x_axis_label="step",
         tools="pan,box_zoom,wheel_zoom,reset,save",
-        active_drag="box_zoom",
+        active_drag=None,
         background_fill_color=None,
         border_fill_color=None,
         outline_line_color=None,
         output_backend="canvas",
         lod_threshold=None,
     )
+    plot.xaxis.formatter = NumeralTickFormatter(format="0,0")
+    plot.xaxis.ticker = BasicTicker(desired_num_ticks=5)
+    if logarithmic(series):
+        ticks = log_ticks(series)
+        plot.yaxis.ticker = FixedTicker(ticks=ticks)
+        plot.yaxis.major_label_overrides = {tick: f"{tick:,.0f}" if tick >= 1000 else f"{tick:g}" for tick in ticks}
     plot.toolbar.logo = None
     plot.toolbar.autohide = True
-    hovered = []
+    hovered: list[Any] = []
     for s in series:
         colour, dash = styles[s.run.owner]
         many = len(s.value) >= SMOOTHED and not name.startswith("val_")
@@ -162,16 +198,14 @@ def _chart(stage: str, name: str, series: list[Series], runs: Sequence[Run], poi
         data = {"step": s.step[rows].astype(np.int32), "images": s.images[rows]}
         data |= {"value": s.value[rows].astype(np.float32), "line": line[rows].astype(np.float32)}
         source = ColumnDataSource(data)
-        shared = dict(source=source, name=s.run.name, tags=[s.run.owner], color=colour)
+        shared: dict[str, Any] = dict(source=source, name=s.run.name, tags=[s.run.owner], color=colour)
         if many:
             plot.line("step", "value", line_width=1, line_alpha=0.3, **shared)
         hovered.append(plot.line("step", "line", line_width=2, line_dash=dash, **shared))
         if len(rows) < SMOOTHED:
             plot.scatter("step", "value", size=6, **shared)
-    smoothed = [("smoothed", "@line{%.4g}")] if any(len(s.value) >= SMOOTHED for s in series) else []
-    tips = [("run", "$name"), ("step", "@step{0,0}"), ("images", "@images{0,0}"), (name, "@value{%.5g}"), *smoothed]
-    formatters = {"@value": "printf", "@line": "printf"}
-    plot.add_tools(HoverTool(renderers=hovered, mode="vline", tooltips=tips, formatters=formatters))
+    formatters: Any = {"@value": "printf", "@line": "printf"}
+    plot.add_tools(HoverTool(renderers=hovered, mode="vline", tooltips=TOOLTIP, formatters=formatters))
     rows_of = [_row(s) for s in series]
     gaps = sum(int((~np.isfinite(s.value)).sum()) for s in series)
     return Chart(key, name, title, unit, rows_of, gaps, dict(json_item(plot)))
@@ -179,7 +213,7 @@ def _chart(stage: str, name: str, series: list[Series], runs: Sequence[Run], poi
 
 def span(count: int) -> int:
     """Values over which a curve of `count` is smoothed."""
-    return max(5, count // 40)
+    return max(5, count // 60)
 
 
 def _row(s: Series) -> dict[str, Any]:

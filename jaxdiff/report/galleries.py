@@ -8,7 +8,8 @@ import numpy as np
 from jaxtyping import UInt8
 
 from jaxdiff import images
-from jaxdiff.report import tables, text
+from jaxdiff.report import scores as scoring
+from jaxdiff.report import text
 from jaxdiff.report.pictures import Album, evenly, halves
 from jaxdiff.report.reading import Run, class_names, mapping, number, read_arrays, read_json, training_pictures
 
@@ -40,7 +41,7 @@ def training(runs: Sequence[Run], album: Album) -> list[dict[str, Any]]:
                     frames.append({"step": step, "pictures": pictures})
             if frames:
                 figures.append({"run": run.name, "stage": stage, "frames": frames})
-    return figures
+    return sorted(figures, key=lambda figure: figure["stage"], reverse=True)  # diffusion first, runs in their order
 
 
 def drawn(runs: Sequence[Run], album: Album) -> list[dict[str, Any]]:
@@ -97,27 +98,27 @@ def _word(name: str, value: Any) -> str:
 
 def _variant(run: Run, cells: Mapping[tuple[float, int], dict[str, Any]], album: Album) -> dict[str, Any]:
     every = list(cells.values())
-    names = tables.score_names({name: value for record in every for name, value in record["scores"].items()})
+    names = scoring.score_names({name: value for record in every for name, value in record["scores"].items()})
     name = names[0]
-    known = tables.metric(name)
+    known = scoring.metric(name)
     sign = 1 if known is None or known.lower else -1
     values = {at: v for at, r in cells.items() if (v := number(r["scores"].get(name))) is not None}
     best = min(values, key=lambda at: sign * values[at])
-    places = text.decimals(values.values())
+    places = text.decimals(values.values(), 3)
     shown = {}
     for at, record in cells.items():
-        cell = tables.score_cell(record, name, places)
+        cell = scoring.score_cell(record, name, places)
         where = f"w = {text.setting(float(at[0]))}, {at[1]} steps"
         path = record["pictures"].get("samples")
         picture = album.add(run.workdir / path, f"Samples of {run.name}, {where}") if isinstance(path, str) else None
         lines = [
             f"{n}: {text.figures(record['scores'][n])}" for n in names if number(record["scores"].get(n)) is not None
         ]
-        caption = f"{run.name}, {where}. {'; '.join(lines)}. {tables.terse(record)}."
+        caption = f"{run.name}, {where}. {'; '.join(lines)}. {scoring.terse(record)}."
         shown[at] = {"picture": picture, "cell": cell, "best": at == best, "caption": caption, "where": where}
     label = known.label if known else name
     direction = "lower" if sign > 0 else "higher"
-    note = f"Below each grid: {label}, {direction} is better, {tables.terse(every[0])}; outlined: the best."
+    note = f"Below each grid: {label}, {direction} is better, {scoring.terse(every[0])}; outlined: the best."
     return {
         "guidance": sorted({w for w, _ in cells}),
         "steps": sorted({steps for _, steps in cells}),
@@ -151,7 +152,7 @@ def classes(runs: Sequence[Run], album: Album) -> list[dict[str, Any]]:
             groups.setdefault((tuple(class_names(run)), run.config.data.image_size), []).append(run)
     browsers = []
     for (names, _), members in groups.items():
-        sets = []
+        sets: list[tuple[str, np.ndarray, np.ndarray]] = []
         for run in members:
             real = read_arrays(run.workdir / "samples" / "real.npz", "arr_0", "arr_1")
             if real and _pixels(real["arr_0"]) and not sets:
@@ -201,7 +202,7 @@ def denoising(runs: Sequence[Run], album: Album) -> list[dict[str, Any]]:
                     images.grid(arrays[key][chosen, k], len(chosen)),
                     f"{what} of {run.name}, {name}, at t = {t[0]} to {t[-1]}",
                 )
-                for key, what in (("x_t", "Noisy image x_t"), ("x0", "Predicted clean image"))
+                for key, what in (("x_t", "Noisy images"), ("x0", "Predicted clean images"))
             ]
             if all(pair):
                 rows.append({"label": name, "pictures": pair})
@@ -217,7 +218,7 @@ def neighbours(runs: Sequence[Run], album: Album) -> list[dict[str, Any]]:
         named: dict[str, str] = {}
         for record in run.records:
             if isinstance(path := record["pictures"].get("neighbours"), str):
-                named[path] = tables.whose(run, record)
+                named[path] = scoring.whose(run, record)
         if "samples/neighbours.png" not in named and (run.workdir / "samples" / "neighbours.png").exists():
             named["samples/neighbours.png"] = ""
         for path, note in album.frames(list(named.items()), f"neighbours of {run.name}"):

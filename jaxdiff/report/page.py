@@ -11,12 +11,14 @@ import jinja2
 from jinja2.utils import htmlsafe_json_dumps
 from markupsafe import Markup
 
+from jaxdiff.errors import ConfigError
 from jaxdiff.report import text
-from jaxdiff.report.curves import read_charts
+from jaxdiff.report.curves import read_stages
 from jaxdiff.report.pictures import LEVELS, Album, OverBudgetError
 from jaxdiff.report.reading import read_runs
 from jaxdiff.report.sections import SECTIONS, Context
 
+GENERATOR = b'<meta name="generator" content="jaxdiff report">'  # of templates/page.html: such a file may be replaced
 LIMIT = 15_000_000  # bytes of a report
 RESERVE = 400_000  # of them for words and tables
 
@@ -28,28 +30,35 @@ def write_report(workdirs: Sequence[pathlib.Path], target: pathlib.Path, limit: 
 
     Returns: `target`.
 
-    Raises: ConfigError when a workdir has no config.json.
+    Raises: ConfigError when a workdir has no config.json, or `target` is there and no report.
     """
+    if target.exists() and (target.is_dir() or GENERATOR not in target.read_bytes()[:1000]):
+        raise ConfigError(f"{target}: is there and no report of jaxdiff; give another file for the report")
     runs = read_runs(workdirs)
-    charts = read_charts(runs)
-    plotted = {chart.key: chart.item for groups in charts.values() for group in groups for chart in group}
-    environment = _environment()
-    script = _bokeh()
-    fixed = len(script) + len(htmlsafe_json_dumps(plotted)) + RESERVE
+    stages = read_stages(runs)
+    plotted = {chart.key: chart.item for stage in stages for chart in (*stage.main, *stage.others)}
+    script, data = _bokeh(), htmlsafe_json_dumps(plotted)  # unsorted: Bokeh defines objects where it first has them
+    fixed = len(script) + len(data) + RESERVE
     for level in LEVELS:
         album = Album(level, limit - fixed, strict=level is not LEVELS[-1])
         try:
-            sections = [section for make in SECTIONS if (section := make(Context(runs, charts, album)))]
+            sections = [section for make in SECTIONS if (section := make(Context(runs, stages, album)))]
             break
         except OverBudgetError:
             continue
-    page = environment.get_template("page.html").render(
-        title=", ".join(run.name for run in runs if run.own),
-        sections=sections,
-        notes=album.notes(),
-        plotted=plotted,
-        bokeh=Markup(script),
-        made=text.moment(datetime.datetime.now().timestamp()),
+    names = [run.name for run in runs if run.own]
+    page = (
+        _environment()
+        .get_template("page.html")
+        .render(
+            names=names,
+            title=", ".join(names),
+            sections=sections,
+            notes=album.notes(),
+            plotted=data,
+            bokeh=Markup(script),
+            made=text.moment(datetime.datetime.now().timestamp()),
+        )
     )
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
@@ -67,8 +76,9 @@ def _bokeh() -> str:
 
 
 def _environment() -> jinja2.Environment:
+    loader = jinja2.PackageLoader("jaxdiff.report")
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("jaxdiff.report"),
+        loader=loader,
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
@@ -76,5 +86,5 @@ def _environment() -> jinja2.Environment:
     )
     environment.filters |= {"figures": text.figures, "setting": text.setting}
     environment.globals["counter"] = functools.partial(next, itertools.count())
-    environment.globals["source"] = lambda name: Markup(environment.loader.get_source(environment, name)[0])
+    environment.globals["source"] = lambda name: Markup(loader.get_source(environment, name)[0])
     return environment

@@ -38,12 +38,17 @@ class Run(NamedTuple):
 
     @property
     def steps(self) -> tuple[int, int | None]:
-        """Steps done, and all steps where they are known: those of epochs need a checkpoint, which counts the images."""
+        """Steps done, and all steps where they are known: epochs need a checkpoint, which counts the images."""
         config, images = self.config, number(mapping(self.meta.get("data")).get("images"))
         done = max((line["step"] for line in self.lines if line.get("stage", self.stage) == self.stage), default=0)
         if config.get("steps"):
             return done, config.steps
         return done, images and max(1, round(config.epochs * images / config.batch_size))
+
+    def numbers(self, name: str) -> list[float]:
+        """All finite values of a number of this run's stage, in the order of steps."""
+        own = [line.get(name) for line in self.lines if line.get("stage", self.stage) == self.stage]
+        return [value for value in map(number, own) if value is not None]
 
     @property
     def own(self) -> bool:

@@ -1,13 +1,15 @@
 """The sections of the report: each is a function of what was read, and a line in `SECTIONS`."""
 
-from collections.abc import Callable, Mapping, Sequence
+import pathlib
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from jaxdiff.config.files import flatten
 from jaxdiff.report import galleries, tables, text
-from jaxdiff.report.curves import SMOOTHED, Chart, owners, span
+from jaxdiff.report import scores as scoring
+from jaxdiff.report.curves import SMOOTHED, Stage, owners, span
 from jaxdiff.report.pictures import Album
 from jaxdiff.report.reading import Run, number
 
@@ -16,7 +18,7 @@ class Context(NamedTuple):
     """All that sections are made of."""
 
     runs: Sequence[Run]
-    charts: Mapping[str, tuple[list[Chart], list[Chart]]]  # by stage
+    stages: Sequence[Stage]
     album: Album
 
 
@@ -37,28 +39,26 @@ def overview(context: Context) -> Section:
     """What the runs are and how far, and their main numbers."""
     styles = owners(context.runs)
     cards = [_card(run, styles[run.owner][0], context.runs) for run in context.runs if run.own]
-    return Section("overview", "At a glance", "overview.html", {"cards": cards})
+    return Section("overview", "Overview", "overview.html", {"cards": cards})
 
 
 def _card(run: Run, colour: str, runs: Sequence[Run]) -> dict[str, Any]:
     config, (done, total) = run.config, run.steps
-    data = config.data.get("name") or config.data.get("path") or config.data.source
+    data = config.data.get("name") or pathlib.Path(config.data.get("path") or config.data.source).name
+    size = config.data.image_size
     if not total:
         state = f"step {done:,}"
     else:
         state = f"all {total:,} steps" if done >= total else f"step {done:,} of {total:,}"
-    facts = [number_of(run, "loss", "Loss, last"), number_of(run, "images_per_second", "Images/s, median")]
-    facts += [validation_fact(run, name) for name in ("val_loss", "val_psnr", "val_ssim")]
-    facts += [best_fact(run)]
-    inner = [r for r in runs if r.owner == run.name and not r.own]
-    for autoencoder in inner:
+    facts = [best_fact(run), *(validation_fact(run, name) for name in ("val_loss", "val_psnr", "val_ssim"))]
+    for autoencoder in (r for r in runs if r.owner == run.name and not r.own):
         if fact := validation_fact(autoencoder, "val_psnr"):
-            facts.append((f"Autoencoder: {fact[0]}", *fact[1:]))
+            facts.append(("Autoencoder PSNR", *fact[1:]))
+    facts += [number_of(run, "loss", "Loss, last"), number_of(run, "images_per_second", "Images/s, median")]
     return {
         "name": run.name,
         "colour": colour,
-        "what": f"{EXPERIMENTS.get(config.experiment, config.experiment)} on {data}, {config.data.image_size}×{config.data.image_size}",
-        "config": config.get("name", ""),
+        "what": f"{EXPERIMENTS.get(config.experiment, config.experiment)} on {data}, {size}×{size}",
         "done": done,
         "total": total,
         "state": state,
@@ -77,11 +77,7 @@ def when(run: Run) -> str:
 
 def number_of(run: Run, name: str, label: str) -> tuple[str, str, str] | None:
     """The last, or median, of a number of training."""
-    values = [
-        v
-        for line in run.lines
-        if line.get("stage", run.stage) == run.stage and (v := number(line.get(name))) is not None
-    ]
+    values = run.numbers(name)
     if not values:
         return None
     return label, text.figures(float(np.median(values)) if "median" in label else values[-1]), ""
@@ -89,54 +85,59 @@ def number_of(run: Run, name: str, label: str) -> tuple[str, str, str] | None:
 
 def validation_fact(run: Run, name: str) -> tuple[str, str, str] | None:
     """A validation score: that of scores.json, while there is none the newest of metrics.jsonl."""
-    lines = [
-        v
-        for line in run.lines
-        if line.get("stage", run.stage) == run.stage and (v := number(line.get(name))) is not None
-    ]
     value = number(run.validation.get(name))
-    value = (lines or [None])[-1] if value is None else value
+    if value is None:
+        value = next(reversed(run.numbers(name)), None)
     labels = {"val_loss": "Validation loss", "val_psnr": "Validation PSNR", "val_ssim": "Validation SSIM"}
-    return None if value is None else (labels[name], text.figures(value) + (" dB" if name == "val_psnr" else ""), "")
+    n = number(run.validation.get("rfd_images"))
+    note = "" if name == "val_loss" else f"{text.figures(n)} validation images" if n else "validation images"
+    return None if value is None else (labels[name], text.figures(value) + (" dB" if name == "val_psnr" else ""), note)
 
 
 def best_fact(run: Run) -> tuple[str, str, str] | None:
     """The best value of the most telling score of a run's records, with its protocol and floor."""
-    scored = [(name, r) for r in run.records for name in tables.score_names(r["scores"])[:1]]
+    scored = [(name, r) for r in run.records for name in scoring.score_names(r["scores"])[:1]]
     if not scored:
         return None
     names = [name for name, _ in scored]
-    name = tables.score_names(dict.fromkeys(names, 0.0))[0]
-    known = tables.metric(name)
+    name = scoring.score_names(dict.fromkeys(names, 0.0))[0]
+    known = scoring.metric(name)
     sign = 1 if known is None or known.lower else -1
     _, record = min((s for s in scored if s[0] == name), key=lambda s: sign * s[1]["scores"][name])
-    floor = tables.floor_of(record, name)
+    floor = scoring.floor_of(record, name)
     real = "no floor recorded" if floor is None else f"real images: {text.figures(floor)}"
-    return (
-        f"{known.label if known else name}, best",
-        text.figures(record["scores"][name]),
-        f"{real}; {tables.terse(record)}",
-    )
+    label, value = known.label if known else name, text.figures(record["scores"][name])
+    return f"{label}, best", value, f"{real}; {scoring.terse(record)}"
 
 
 def curves(context: Context) -> Section | None:
     """The curves of all runs, stages apart."""
-    if not context.charts:
+    if not context.stages:
         return None
     styles = owners(context.runs)
-    stages = [{"name": name, "main": main, "others": others} for name, (main, others) in context.charts.items()]
     legend = [{"name": name, "colour": colour, "dash": dash} for name, (colour, dash) in styles.items()]
+    singles = {stage.name: table for stage in context.stages if (table := _single_table(stage))}
     longest = max((len(run.lines) for run in context.runs), default=0)
-    intro = ""
-    if longest >= SMOOTHED:
-        intro = f"Faint: as recorded. Bold: an exponential average over about {span(longest)} values. Validation is not smoothed."
-    return Section("curves", "Curves", "curves.html", {"stages": stages, "legend": legend}, intro)
+    intro = f"Faint: as recorded. Bold: an average over up to about {span(longest)} neighbouring values."
+    data = {"stages": context.stages, "legend": legend, "singles": singles}
+    return Section("curves", "Curves", "curves.html", data, intro if longest >= SMOOTHED else "")
+
+
+def _single_table(stage: Stage) -> tables.Table | None:
+    """What a stage has one value of so far, a run to a row."""
+    names = list(dict.fromkeys(name for name, *_ in stage.single))
+    rows: dict[tuple[str, int], dict[str, float]] = {}
+    for name, run, value, step in stage.single:
+        rows.setdefault((run, step), {})[name] = value
+    head = [tables.Head(name, numeric=k > 0) for k, name in enumerate(("Run", "Step", *names))]
+    body = [[run, text.figures(step), *(text.figures(v.get(n)) for n in names)] for (run, step), v in rows.items()]
+    return tables.Table("One value so far", head, [list(map(tables.Cell, row)) for row in body]) if body else None
 
 
 def training(context: Context) -> Section | None:
     """Grids drawn during training, on a slider."""
     figures = galleries.training(context.runs, context.album)
-    intro = "The same noise at every step: move the slider, or press the arrow keys on it."
+    intro = "Of the same noise, or the same validation images, at every step. Move the slider, or press its arrow keys."
     return Section("training", "Through training", "training.html", {"figures": figures}, intro) if figures else None
 
 
@@ -161,7 +162,7 @@ def classes(context: Context) -> Section | None:
 def denoising(context: Context) -> Section | None:
     """From noise to an image."""
     strips = galleries.denoising(context.runs, context.album)
-    intro = "Upper rows: the noisy image x_t. Lower rows: the clean image that the network predicts from it."
+    intro = "Upper rows: the noisy image xₜ. Lower rows: the clean image x₀ that the network predicts from it."
     return Section("denoising", "Denoising", "denoising.html", {"strips": strips}, intro) if strips else None
 
 
@@ -169,22 +170,18 @@ def neighbours(context: Context) -> Section | None:
     """Samples next to the training images that are most like them."""
     figures = galleries.neighbours(context.runs, context.album)
     intro = "Each sample next to the training images nearest to it: a model that has memorised would show copies."
-    return (
-        Section("neighbours", "Nearest training images", "figures.html", {"figures": figures}, intro)
-        if figures
-        else None
-    )
+    return Section("neighbours", "Neighbours", "figures.html", {"figures": figures}, intro) if figures else None
 
 
 def scores(context: Context) -> Section | None:
     """Scores with their complete protocol."""
-    found = [*tables.record_tables(context.runs), tables.validation_table(context.runs)]
+    found = [*scoring.record_tables(context.runs), *scoring.validation_tables(context.runs)]
     return _tables("scores", "Scores", found)
 
 
 def latency(context: Context) -> Section | None:
     """What drawing costs."""
-    return _tables("latency", "Time of sampling", [tables.latency_table(context.runs)])
+    return _tables("latency", "Speed", [tables.latency_table(context.runs)])
 
 
 def configs(context: Context) -> Section:

@@ -80,6 +80,8 @@ async function draw(figure) {
   const views = await Bokeh.embed.embed_item(items[key], figure.querySelector(".plot"));
   const plot = (views.roots ?? [...views])[0].model;
   plots.set(key, plot);
+  // With a finger one scrolls; a mouse draws the box to zoom into.
+  for (const tool of plot.toolbar.tools) if (tool.type === "BoxZoomTool") tool.active = matchMedia("(pointer: fine)").matches;
   paint(plot);
   update(plot);
 }
