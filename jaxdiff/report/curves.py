@@ -189,6 +189,7 @@ def _chart(stage: str, name: str, series: list[Series], runs: Sequence[Run], poi
         plot.yaxis.major_label_overrides = {tick: f"{tick:,.0f}" if tick >= 1000 else f"{tick:g}" for tick in ticks}
     plot.toolbar.logo = None
     plot.toolbar.autohide = True
+    drawn: list[Any]
     hovered: list[Any] = []
     for s in series:
         colour, dash = styles[s.run.owner]
@@ -198,12 +199,15 @@ def _chart(stage: str, name: str, series: list[Series], runs: Sequence[Run], poi
         data = {"step": s.step[rows].astype(np.int32), "images": s.images[rows]}
         data |= {"value": s.value[rows].astype(np.float32), "line": line[rows].astype(np.float32)}
         source = ColumnDataSource(data)
-        shared: dict[str, Any] = dict(source=source, name=s.run.name, tags=[s.run.owner], color=colour)
+        shared: dict[str, Any] = dict(source=source, name=s.run.name, color=colour)
+        drawn = [plot.line("step", "line", line_width=2, line_dash=dash, **shared)]
+        hovered += drawn
         if many:
-            plot.line("step", "value", line_width=1, line_alpha=0.3, **shared)
-        hovered.append(plot.line("step", "line", line_width=2, line_dash=dash, **shared))
+            drawn.append(plot.line("step", "value", line_width=1, line_alpha=0.3, **shared))
         if len(rows) < SMOOTHED:
-            plot.scatter("step", "value", size=6, **shared)
+            drawn.append(plot.scatter("step", "value", size=6, **shared))
+        for renderer in drawn:
+            renderer.tags = [s.run.owner]
     formatters: Any = {"@value": "printf", "@line": "printf"}
     plot.add_tools(HoverTool(renderers=hovered, mode="vline", tooltips=TOOLTIP, formatters=formatters))
     rows_of = [_row(s) for s in series]

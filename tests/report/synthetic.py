@@ -69,12 +69,12 @@ def write_lines(path: pathlib.Path, lines: list[dict], torn: str = "") -> None:
     path.write_text("".join(json.dumps(line) + "\n" for line in lines) + torn)
 
 
-def metrics(stage: str, count: int = 60) -> list[dict]:
+def metrics(stage: str, count: int = 60, shift: float = 0.1) -> list[dict]:
     """Train lines with a loss that is null once, and a validation line every 15."""
     lines = []
     for k in range(1, count + 1):
         at = {"step": k * STEPS[-1] // count, "stage": stage, "images": k * 64}
-        loss = None if k == 7 else 0.1 + 2.0 / k + 0.01 * (k % 3)
+        loss = None if k == 7 else shift + 2.0 / k + 0.01 * (k % 3)
         lines.append(
             {**at, "loss": loss, "grad_norm": 1 / k, "lr": 1e-3, "images_per_second": 400.0 + k % 5, "mfu": 0.3}
         )
@@ -103,7 +103,9 @@ def make_run(workdir: pathlib.Path, *, seed: int = 0, lr: float = 1e-3) -> pathl
     config = tiny_config("ldm")
     config.update(lr=lr, steps=STEPS[-1])
     files.save(config, workdir / "config.json")
-    write_lines(workdir / "metrics.jsonl", metrics("diffusion"), torn='{"step": 401, "stage": "diff')
+    write_lines(
+        workdir / "metrics.jsonl", metrics("diffusion", shift=0.1 + seed / 100), torn='{"step": 401, "stage": "diff'
+    )
     for step in STEPS:
         raw, ema = sheet(seed + step), sheet(seed + step + 1)
         images.save_png(samples / f"diffusion-{step:07d}-raw-ema.png", images.side_by_side(raw, ema))
