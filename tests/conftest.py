@@ -19,6 +19,15 @@ from tests.tiny import tiny_config
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
+SLOW = ("test_distributed.py", "test_main.py", "test_resume.py", "test_adversarial.py", "test_ladder.py")
+
+
+def pytest_collection_modifyitems(items):
+    """The slowest files first, so that neither process is left with one of them at the end."""
+    rank = {name: k for k, name in enumerate(SLOW)}
+    items.sort(key=lambda item: rank.get(item.path.name, len(SLOW)))
+
+
 @pytest.fixture(scope="session")
 def tiny():
     """`tiny_config`, by name of the experiment."""

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import threading
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
@@ -43,6 +44,17 @@ class ArrayTable:
         return {name: column[indices] for name, column in self.columns.items()}
 
 
+_importing = threading.Lock()
+
+
+def _example() -> Any:
+    """TensorFlow's message type. TFDS imports it when it is first used, which two threads may not do at once."""
+    with _importing:
+        from tensorflow_datasets.proto import tf_example_pb2
+
+        return tf_example_pb2.Example
+
+
 class RecordTable:
     """A split of the finished records in a folder.
 
@@ -58,6 +70,7 @@ class RecordTable:
         self._files = [root / manifest["folder"] / shard["file"] for shard in shards]
         self._ends = np.cumsum([shard["rows"] for shard in shards])
         self._readers: list[ArrayRecordReader | None] = [None] * len(self._files)  # opened when they are first used
+        _example()
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the readers: each worker process opens its own."""
@@ -68,14 +81,13 @@ class RecordTable:
 
     def rows(self, indices: Int[np.ndarray, " n"]) -> Rows:
         """As in `Table`. Raises: ConfigError naming the shard when it is damaged."""
-        from tensorflow_datasets.proto import tf_example_pb2
-
+        example = _example()
         out = {name: np.empty((len(indices), *shape), dtype) for name, (shape, dtype) in self._columns.items()}
         flat = {name: column.reshape(len(indices), -1) if column.ndim > 1 else column for name, column in out.items()}
         shards = np.searchsorted(self._ends, indices, side="right").tolist()
         for place, (index, shard) in enumerate(zip(indices.tolist(), shards, strict=True)):
             record = self._read(shard, index - (int(self._ends[shard - 1]) if shard else 0))
-            values = tf_example_pb2.Example.FromString(record).features.feature
+            values = example.FromString(record).features.feature
             for name, column in out.items():
                 if column.ndim > 1:
                     flat[name][place] = np.frombuffer(values[name].bytes_list.value[0], column.dtype)
