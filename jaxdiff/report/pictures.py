@@ -106,15 +106,17 @@ class Album:
         return notes
 
     def _encode(self, picture: Image.Image) -> tuple[str, bool]:
-        best: tuple[str, bytes] | None = None
-        if picture.width * picture.height < 8 * self.level.lossless:  # more will not fit, and takes seconds to try
-            kinds: dict[str, dict[str, Any]] = {"png": {"optimize": True}, "webp": {"lossless": True}}
-            tried = [(kind, _bytes(picture, kind, **options)) for kind, options in kinds.items()]
-            best = min(tried, key=lambda kind_data: len(kind_data[1]))
-        exact = best is not None and len(best[1]) <= self.level.lossless
-        if best is None or not exact:
-            best = "webp", _bytes(picture, "webp", quality=self.level.quality)
-        return f"data:image/{best[0]};base64,{base64.b64encode(best[1]).decode()}", exact
+        """The data URI, and whether it is without loss: then the smaller of WebP and PNG."""
+        lossy = _bytes(picture, "webp", quality=self.level.quality)
+        tried = {}
+        if 3 * len(lossy) <= self.level.lossless:  # more will not fit, and takes long to try
+            tried["webp"] = _bytes(picture, "webp", lossless=True)
+            if len(lossy) < 20_000:  # where PNG has a chance
+                tried["png"] = _bytes(picture, "png", optimize=True)
+        kind = min(tried, key=lambda kind: len(tried[kind]), default="")
+        exact = bool(kind) and len(tried[kind]) <= self.level.lossless
+        kind, data = (kind, tried[kind]) if exact else ("webp", lossy)
+        return f"data:image/{kind};base64,{base64.b64encode(data).decode()}", exact
 
 
 def _bytes(picture: Image.Image, kind: str, **options: Any) -> bytes:
