@@ -144,6 +144,7 @@ def run_evaluate(config: ConfigDict, workdir: pathlib.Path, step: int | None, *,
     judge.check(e.num or config.sample.num)
     generator, params, meta = load_generator(config, workdir, mesh, step)
     scorer = Scorer(config, workdir, generator, judge, meta["class_names"])
+    config.sample.autoguidance_step = meta.get("weak_step", 0)  # the newest may be another one tomorrow
     records = []
     for steps in tuple(e.steps) or (config.sample.steps,):
         for w in guidance_weights(config.sample):

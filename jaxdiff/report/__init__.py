@@ -2,6 +2,4 @@
 
 from jaxdiff.report.page import write_report
 
-GENERATOR = b'<meta name="generator" content="jaxdiff report">'  # near the beginning of every report
-
-__all__ = ["GENERATOR", "write_report"]
+__all__ = ["write_report"]
