@@ -145,6 +145,8 @@ def test_train_stop_go_on_sample(tmp_path):
     run = tmp_path / "run"
     for line in ("sample grid: run/samples/final.png", "checkpoints: run/checkpoints", "--mode=sample --workdir=run"):
         assert line in done.stdout
+    assert done.stdout.endswith("report: run/report.html\n")
+    assert "tiny.py: is there and no report" in fails("--mode=report", "--workdir=run", "--to=tiny.py", cwd=tmp_path)
     scores = json.loads((run / "scores.json").read_text())
     assert {"val_loss"} == set(scores["validation"])
     (record,) = scores["records"]
