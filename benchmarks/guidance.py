@@ -37,7 +37,7 @@ def main() -> None:
     shape = (side, side, config.autoencoder.latent_channels)
     generator = Generator(config, shape, 10, meshes.make_mesh())
     one = jnp.zeros((1,), jnp.int32)
-    params = jax.jit(generator.unet.init)(jax.random.key(0), jnp.zeros((1, *shape)), one, one)
+    params = jax.jit(generator.network.init)(jax.random.key(0), jnp.zeros((1, *shape)), one, one)
     config.sample.update(num=args.num, batch_size=args.num, steps=50)
     labels = np.arange(args.num) % 10
     seconds: dict[str, list[float]] = {name: [] for name in SETTINGS}

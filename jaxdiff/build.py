@@ -25,7 +25,7 @@ def build_autoencoder(config: ConfigDict) -> AutoencoderKL:
     return AutoencoderKL(**{name: config.autoencoder[name] for name in ARCHITECTURE}, dtype=compute_dtype(config))
 
 
-def build_unet(config: ConfigDict, channels: int, num_classes: int) -> UNet:
+def build_network(config: ConfigDict, channels: int, num_classes: int) -> UNet:
     """The network of `config.model` for arrays of `channels` channels and labels of `num_classes` classes.
 
     With `learned_variance` its output is eps, and a second array of that shape for the variance.

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from jaxdiff import diffusion, images
 from jaxdiff import mesh as meshes
-from jaxdiff.build import build_autoencoder, build_schedule, build_unet
+from jaxdiff.build import build_autoencoder, build_network, build_schedule
 from jaxdiff.config.fields import guidance_weights
 from jaxdiff.data.latents import Whitening
 from jaxdiff.keys import named_key
@@ -30,7 +30,7 @@ class Decoder(NamedTuple):
 class Weak(NamedTuple):
     """The weaker model of autoguidance."""
 
-    unet: UNet
+    network: UNet
     params: Any
 
 
@@ -55,14 +55,14 @@ class Generator:
         self.num_classes = num_classes
         self.shape = tuple(shape)
         self.schedule = build_schedule(config)
-        self.unet = build_unet(config, self.shape[-1], num_classes)
+        self.network = build_network(config, self.shape[-1], num_classes)
         self.decoder = decoder
         self._others = {"decoder": decoder and decoder.params, "weak": weak and weak.params}  # traced as well
         if decoder is not None:
             self._autoencoder = build_autoencoder(config)
             self._whitening = decoder.whitening
         if weak is not None:
-            self._weak_unet = weak.unet
+            self._weak_network = weak.network
         static = ("guided", "limited", "clip", "parts")
         self._run = jax.jit(self._draw, static_argnames=static)
         self._run_watched = jax.jit(
@@ -72,7 +72,7 @@ class Generator:
     def abstract_params(self) -> Any:
         """Shapes and shardings of the UNet's parameters."""
         x, one = jnp.zeros((1, *self.shape)), jnp.zeros((1,), jnp.int32)
-        tree = jax.eval_shape(self.unet.init, jax.random.key(0), x, one, one)
+        tree = jax.eval_shape(self.network.init, jax.random.key(0), x, one, one)
         sharding = meshes.replicated(self.mesh)
         return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), tree)
 
@@ -154,14 +154,14 @@ class Generator:
         """(x, t) -> eps, for the labels and weights of `rows`."""
 
         def apply(x: Array, t: Array, y: Array) -> Any:
-            prediction: Any = self.unet.apply(params, x, t, y)
+            prediction: Any = self.network.apply(params, x, t, y)
             return prediction[..., : self.shape[-1]]  # eps; a learned variance, behind it, is not used
 
         def plain(x: Array, t: Array) -> Array:
             return apply(x, t, rows["label"])
 
         def apply_weak(x: Array, t: Array, y: Array) -> Any:
-            prediction: Any = self._weak_unet.apply(others["weak"], x, t, y)
+            prediction: Any = self._weak_network.apply(others["weak"], x, t, y)
             return prediction[..., : self.shape[-1]]
 
         def with_guidance(x: Array, t: Array) -> Array:

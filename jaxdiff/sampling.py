@@ -88,7 +88,7 @@ def load_weak(
     generator = Generator(weak_config, weak_meta["shape"], len(weak_meta["class_names"]), mesh)
     weak_params = checkpoints.restore_params(generator.abstract_params(), weak_step, s.weights)
     checkpoints.close()
-    return Weak(generator.unet, weak_params), weak_step
+    return Weak(generator.network, weak_params), weak_step
 
 
 def load_generator(

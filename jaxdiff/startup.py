@@ -9,7 +9,7 @@ import jax
 from ml_collections import ConfigDict
 
 from jaxdiff import mesh as meshes
-from jaxdiff.build import build_autoencoder, build_unet
+from jaxdiff.build import build_autoencoder, build_network
 from jaxdiff.config import check, files
 from jaxdiff.errors import ConfigError
 
@@ -115,7 +115,7 @@ def import_model(config: ConfigDict, workdir: pathlib.Path, source: pathlib.Path
             scale = config.diffusion.scaling_factor
             allowed = "positive: what the network's pipeline multiplies latents by"
             check.require(scale > 0, "diffusion.scaling_factor", scale, allowed)
-        params = import_unet(foreign, build_unet(config, shape[-1], num_classes), shape, str(source))
+        params = import_unet(foreign, build_network(config, shape[-1], num_classes), shape, str(source))
     run_import(config, workdir, params, train, val)
 
     def flags(values: dict[str, Any]) -> str:
@@ -157,7 +157,7 @@ def export_model(
             autoencoder = build_autoencoder(config), meshes.to_host(decoder.params), decoder.whitening
         params = meshes.to_host(params)
         if meshes.is_main():
-            save_pipeline(config, generator.unet, params, generator.shape, target, autoencoder=autoencoder)
+            save_pipeline(config, generator.network, params, generator.shape, target, autoencoder=autoencoder)
         loads = f"diffusers.UNet2DModel.from_pretrained reads {target / 'unet'}"
         if not config.model.conditional:
             loads = f"diffusers.DiffusionPipeline.from_pretrained reads it, {loads}"

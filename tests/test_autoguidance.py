@@ -107,7 +107,7 @@ def test_images_are_main_plus_w_times_the_way_from_weak_to_main(folder, one_devi
 def test_interval_rescale_and_other_weak_parameters(one_device, config, narrow):
     """One program for all weights and weak parameters; outside the interval nothing is guided."""
     small = Generator(narrow, (8, 8, 3), 4, one_device)
-    weak = Weak(small.unet, unet_params(narrow, PIXELS, 1))
+    weak = Weak(small.network, unet_params(narrow, PIXELS, 1))
     generator = Generator(config, (8, 8, 3), 4, one_device, weak=weak)
     params = unet_params(config, PIXELS, 0)
 
@@ -131,7 +131,7 @@ def test_weights_are_those_of_the_main_model(folder, config, narrow, weights):
     weak, step = load_weak(config, folder / "main", 3, PIXELS, meshes.make_mesh(), None)
     expected = unet_params(narrow, PIXELS, 1)
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b if weights == "ema" else b / 2), weak.params, expected)
-    assert step == 3 and weak.unet.channels == 4
+    assert step == 3 and weak.network.channels == 4
 
 
 @pytest.mark.parametrize(

@@ -60,7 +60,7 @@ def diffusion_experiment(
     whitening = decoder.whitening if decoder else None
     label_dropout = config.diffusion.label_dropout
     objective = diffusion_objective(
-        generator.unet, generator.schedule, label_dropout=label_dropout, whitening=whitening
+        generator.network, generator.schedule, label_dropout=label_dropout, whitening=whitening
     )
     meta: dict[str, Any] = {"class_names": names, "shape": list(shape)}
     if whitening is not None:
@@ -69,7 +69,7 @@ def diffusion_experiment(
 
     def init(key: Any) -> Any:
         one = jnp.zeros((1,), jnp.int32)
-        return generator.unet.init(key, jnp.zeros((1, *shape)), one, one)
+        return generator.network.init(key, jnp.zeros((1, *shape)), one, one)
 
     def render(params: Any) -> UInt8[np.ndarray, "h w 3"]:
         return images.grid(generator(params, config.sample, labels), columns(labels))

@@ -11,7 +11,7 @@ from safetensors.numpy import load_file, save_file
 
 from configs import ddpm
 from jaxdiff import diffusion, startup
-from jaxdiff.build import build_autoencoder, build_schedule, build_unet
+from jaxdiff.build import build_autoencoder, build_network, build_schedule
 from jaxdiff.data.latents import Whitening
 from jaxdiff.errors import ConfigError
 from jaxdiff.interop import adm
@@ -55,7 +55,7 @@ def load(folder, num_classes=10):
     foreign = read_unet(folder, (16, 16, 3), num_classes)
     config = ddpm.get_config("digits")
     config.update_from_flattened_dict(foreign.fields)
-    model = build_unet(config, 3, num_classes)
+    model = build_network(config, 3, num_classes)
     return model, import_unet(foreign, model, (16, 16, 3), str(folder))
 
 
@@ -319,7 +319,7 @@ def test_a_latent_pipeline_comes_back(tiny, tmp_path):
     ldm.model.update(conditional=False, context_tokens=0, norm_groups=8)
     ldm.diffusion.label_dropout = ldm.sample.guidance = 0.0
     ldm.eval.scores = ()
-    vae, unet = build_autoencoder(ldm), build_unet(ldm, 2, 10)
+    vae, unet = build_autoencoder(ldm), build_network(ldm, 2, 10)
     vae_params = generated(vae, np.zeros((1, 16, 16, 3), np.float32), np.zeros((1, 8, 8, 2), np.float32))
     unet_params = generated(unet, np.zeros((1, 8, 8, 2), np.float32), np.zeros(1, np.int32))
     out = tmp_path / "out"

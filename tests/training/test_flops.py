@@ -8,7 +8,7 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 from jaxdiff import mesh as meshes
-from jaxdiff.build import build_schedule, build_unet
+from jaxdiff.build import build_network, build_schedule
 from jaxdiff.training import flops
 from jaxdiff.training.flops import count_flops, jaxpr_flops, least_step_time, matmul_peak, readable
 from jaxdiff.training.objectives import diffusion_objective
@@ -152,7 +152,7 @@ def unet_steps(tiny):
     """The training step of the tiny UNet, whole and in two parts, and what its forward pass takes."""
     config = tiny("ddpm")
     config.model.update(channel_mult=(1,), attention_resolutions=(8,))
-    unet, mesh, optimizer = build_unet(config, 3, 10), meshes.make_mesh(), optax.adamw(1e-3)
+    unet, mesh, optimizer = build_network(config, 3, 10), meshes.make_mesh(), optax.adamw(1e-3)
     objective = diffusion_objective(unet, build_schedule(config), label_dropout=0.1)
     x, label = array(16, 8, 8, 3), array(16, dtype=jnp.int32)
 

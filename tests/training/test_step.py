@@ -10,7 +10,7 @@ import optax
 import pytest
 
 from jaxdiff import mesh as meshes
-from jaxdiff.build import build_unet
+from jaxdiff.build import build_network
 from jaxdiff.diffusion import make_schedule
 from jaxdiff.keys import named_key
 from jaxdiff.training.objectives import diffusion_objective
@@ -132,7 +132,7 @@ def test_evaluation_leaves_out_rows_of_weight_zero_and_repeats_its_draws():
 def unet_run(tiny, devices, start=None):
     """Three steps of the tiny UNet on noise images: parameters at the start, metrics, parameters, average."""
     config = tiny("ddpm")
-    unet, mesh = build_unet(config, 3, 10), mesh_of(devices)
+    unet, mesh = build_network(config, 3, 10), mesh_of(devices)
     schedule = lr_schedule(1e-3, 10)
     optimizer = make_optimizer(schedule, 1e-4, 1.0)
     one = jnp.zeros((1,), jnp.int32)
