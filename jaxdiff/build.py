@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from jaxdiff.diffusion import Schedule, make_schedule
+from jaxdiff.diffusion import Churn, Edm, Flow, Plan, Process, make_plan, make_schedule
 from jaxdiff.models import AutoencoderKL, UNet
 
 # The fields `autoencoder` that make the network; the others are of its loss.
@@ -28,7 +28,7 @@ def build_autoencoder(config: ConfigDict) -> AutoencoderKL:
 def build_network(config: ConfigDict, channels: int, num_classes: int) -> UNet:
     """The network of `config.model` for arrays of `channels` channels and labels of `num_classes` classes.
 
-    With `learned_variance` its output is eps, and a second array of that shape for the variance.
+    With `learned_variance` its output is the prediction, and a second array of that shape for the variance.
     """
     m = config.model
     return UNet(
@@ -54,7 +54,34 @@ def build_network(config: ConfigDict, channels: int, num_classes: int) -> UNet:
     )
 
 
-def build_schedule(config: ConfigDict) -> Schedule:
-    """The noise schedule of `config.diffusion`."""
+def build_process(config: ConfigDict, settings: ConfigDict | None = None) -> Process:
+    """The forward process of `config.diffusion`; its sampled range, where it has one, is that of the fields `sample` in
+    `settings` (default: the config's)."""
     d = config.diffusion
-    return make_schedule(d.schedule, d.num_steps, beta_start=d.beta_start, beta_end=d.beta_end)
+    if d.schedule == "edm":
+        return Edm(*(settings or config.sample).sigmas)
+    if d.schedule == "flow":
+        return Flow(d.noise_shift)
+    return make_schedule(
+        d.schedule,
+        d.num_steps,
+        beta_start=d.beta_start,
+        beta_end=d.beta_end,
+        noise_shift=d.noise_shift,
+        zero_terminal_snr=d.zero_terminal_snr,
+    )
+
+
+def build_plan(config: ConfigDict, settings: ConfigDict) -> Plan:
+    """The sampler's plan that the fields `sample` in `settings` ask of a network of `config`."""
+    d, s = config.diffusion, settings
+    return make_plan(
+        build_process(config, s),
+        s.sampler,
+        steps=s.steps,
+        spacing=s.spacing,
+        eta=s.eta,
+        churn=Churn(*s.churn) if s.churn else None,
+        prediction=d.prediction,
+        sigma_data=d.sigma_data,
+    )

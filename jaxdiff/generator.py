@@ -1,9 +1,10 @@
-"""The compiled sampler: images from the parameters of a UNet."""
+"""The compiled sampler: images from the parameters of a network."""
 
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,11 +14,11 @@ from ml_collections import ConfigDict
 
 from jaxdiff import diffusion, images
 from jaxdiff import mesh as meshes
-from jaxdiff.build import build_autoencoder, build_network, build_schedule
+from jaxdiff.build import build_autoencoder, build_network, build_plan, build_process
 from jaxdiff.config.fields import guidance_weights
 from jaxdiff.data.latents import Whitening
 from jaxdiff.keys import named_key
-from jaxdiff.models import UNet, decode_in_parts, decode_tiled
+from jaxdiff.models import decode_in_parts, decode_tiled
 
 
 class Decoder(NamedTuple):
@@ -30,12 +31,23 @@ class Decoder(NamedTuple):
 class Weak(NamedTuple):
     """The weaker model of autoguidance."""
 
-    network: UNet
+    network: nn.Module
     params: Any
 
 
+class Asked(NamedTuple):
+    """What is drawn, all of it traced: the sampler's plan, the key, a row for each image (index, label, guidance), and
+    the interval and the rescaling of guidance."""
+
+    plan: diffusion.Plan
+    key: Array
+    rows: dict[str, Array]
+    interval: tuple[Any, Any]
+    phi: Any
+
+
 class Generator:
-    """Draws images from the parameters of a UNet, guided by the null class or by a weak model.
+    """Draws images from the parameters of a network, guided by the null class or by a weak model.
 
     Timesteps, coefficients, eta, and the guidance's weight, interval and rescaling are traced: only the batch size,
     clipping, the parts of decoding, and whether there is guidance, or an interval of it, make another program. Image k
@@ -54,7 +66,8 @@ class Generator:
         self.mesh = mesh
         self.num_classes = num_classes
         self.shape = tuple(shape)
-        self.schedule = build_schedule(config)
+        self.config = config
+        self.process = build_process(config)
         self.network = build_network(config, self.shape[-1], num_classes)
         self.decoder = decoder
         self._others = {"decoder": decoder and decoder.params, "weak": weak and weak.params}  # traced as well
@@ -70,7 +83,7 @@ class Generator:
         )
 
     def abstract_params(self) -> Any:
-        """Shapes and shardings of the UNet's parameters."""
+        """Shapes and shardings of the network's parameters."""
         x, one = jnp.zeros((1, *self.shape)), jnp.zeros((1,), jnp.int32)
         tree = jax.eval_shape(self.network.init, jax.random.key(0), x, one, one)
         sharding = meshes.replicated(self.mesh)
@@ -87,10 +100,7 @@ class Generator:
         self, params: Any, settings: ConfigDict, labels: Int[np.ndarray, " n"]
     ) -> UInt8[np.ndarray, "weights n h w 3"]:
         """The same images at every weight of `settings.guidance`, from the same noise and by one program."""
-        plan = diffusion.make_plan(
-            self.schedule, settings.sampler, steps=settings.steps, spacing=settings.spacing, eta=settings.eta
-        )
-        key = named_key(settings.seed, "sample")
+        plan = build_plan(self.config, settings)
         weights, n = guidance_weights(settings), len(labels)
         rows = {
             "index": np.tile(np.arange(n, dtype=np.int32), len(weights)),
@@ -100,11 +110,11 @@ class Generator:
         # Every batch has the same size, so that there is one program and image k does not depend on n.
         size = -(-settings.batch_size // self.mesh.size) * self.mesh.size
         rows = {name: np.pad(row, (0, -len(row) % size), mode="edge") for name, row in rows.items()}
-        options, flags = self._options(settings)
+        flags = self._flags(settings)
         out = []
         for first in range(0, len(rows["index"]), size):
             batch = meshes.put_batch({name: row[first : first + size] for name, row in rows.items()}, self.mesh)
-            out.append(meshes.to_host(self._run(params, self._others, plan, key, batch, *options, **flags)))
+            out.append(meshes.to_host(self._run(params, self._others, self._asked(plan, settings, batch), **flags)))
         samples = np.concatenate(out)[: len(weights) * n]
         return samples.reshape(len(weights), n, *samples.shape[1:])
 
@@ -113,9 +123,7 @@ class Generator:
     ) -> dict[str, np.ndarray]:
         """How images 0..n-1 come about: "t" [k], and uint8 [k, n, h, w, 3] of as many steps evenly chosen, "x_t" before
         the step and "x0" that is predicted in it, both decoded where they are latents; at the first weight."""
-        plan = diffusion.make_plan(
-            self.schedule, settings.sampler, steps=settings.steps, spacing=settings.spacing, eta=settings.eta
-        )
+        plan = build_plan(self.config, settings)
         n, w = len(labels), guidance_weights(settings)[0]
         rows = {
             "index": np.arange(n, dtype=np.int32),
@@ -123,87 +131,82 @@ class Generator:
             "guidance": np.full(n, w, np.float32),
         }
         rows = {name: np.pad(row, (0, -n % self.mesh.size), mode="edge") for name, row in rows.items()}
-        steps = tuple(int(i) for i in np.unique(np.linspace(0, settings.steps - 1, frames).round()))
-        options, flags = self._options(settings)
-        key, batch = named_key(settings.seed, "sample"), meshes.put_batch(rows, self.mesh)
-        arguments = (params, self._others, plan, key, batch, *options)
-        x_t, x0 = meshes.to_host(self._run_watched(*arguments, steps=steps, **flags))
+        steps = tuple(int(i) for i in np.unique(np.linspace(0, int(plan.num_steps) - 1, frames).round()))
+        asked = self._asked(plan, settings, meshes.put_batch(rows, self.mesh))
+        x_t, x0 = meshes.to_host(self._run_watched(params, self._others, asked, steps=steps, **self._flags(settings)))
         return {
-            "t": np.asarray(plan.timesteps)[list(steps)],
+            "t": np.asarray(plan.rows.time)[list(steps)],
             "x_t": x_t[:n].swapaxes(0, 1),
             "x0": x0[:n].swapaxes(0, 1),
         }
 
     @staticmethod
-    def _options(settings: ConfigDict) -> tuple[tuple[Any, Any], dict[str, Any]]:
-        """The traced settings of guidance, and what makes another program."""
-        flags: dict[str, Any] = {"guided": any(guidance_weights(settings)), "limited": bool(settings.guidance_interval)}
-        flags |= {"clip": settings.clip, "parts": (settings.decode_batch, settings.decode_tile)}
-        return (tuple(settings.guidance_interval) or (0, 0), settings.guidance_rescale), flags
+    def _asked(plan: diffusion.Plan, settings: ConfigDict, rows: dict[str, Array]) -> Asked:
+        interval = tuple(settings.guidance_interval) or (0, 0)
+        return Asked(plan, named_key(settings.seed, "sample"), rows, interval, settings.guidance_rescale)
 
-    def _model(
-        self,
-        params: Any,
-        others: dict[str, Any],
-        rows: dict[str, Array],
-        interval: tuple[Array, Array],
-        phi: Array,
-        guided: bool,
-        limited: bool,
-    ) -> Callable[[Array, Array], Array]:
-        """(x, t) -> eps, for the labels and weights of `rows`."""
+    @staticmethod
+    def _flags(settings: ConfigDict) -> dict[str, Any]:
+        """What makes another program."""
+        return {
+            "guided": any(guidance_weights(settings)),
+            "limited": bool(settings.guidance_interval),
+            "clip": settings.clip,
+            "parts": (settings.decode_batch, settings.decode_tile),
+        }
+
+    def apply_fn(self, network: nn.Module, params: Any) -> Callable[[Array, Array, Array], Any]:
+        """(x, t, y) -> prediction, with the variance that is learned beside it."""
+        channels = self.shape[-1]
 
         def apply(x: Array, t: Array, y: Array) -> Any:
-            prediction: Any = self.network.apply(params, x, t, y)
-            return prediction[..., : self.shape[-1]]  # eps; a learned variance, behind it, is not used
+            out: Any = network.apply(params, x, self.process.network_time(t), y)
+            return diffusion.Output(out[..., :channels], out[..., channels:]) if out.shape[-1] > channels else out
 
-        def plain(x: Array, t: Array) -> Array:
-            return apply(x, t, rows["label"])
+        return apply
 
-        def apply_weak(x: Array, t: Array, y: Array) -> Any:
-            prediction: Any = self._weak_network.apply(others["weak"], x, t, y)
-            return prediction[..., : self.shape[-1]]
+    def _model(
+        self, params: Any, others: dict[str, Any], asked: Asked, guided: bool, limited: bool
+    ) -> Callable[[Array, Array], Any]:
+        """(x, t) -> prediction, for the labels and weights that are asked for."""
+        apply = self.apply_fn(self.network, params)
 
-        def with_guidance(x: Array, t: Array) -> Array:
+        def plain(x: Array, t: Array) -> Any:
+            return apply(x, t, asked.rows["label"])
+
+        def with_guidance(x: Array, t: Array) -> Any:
             if others["weak"] is None:
-                model = diffusion.classifier_free(apply, self.num_classes, phi=phi)
+                model = diffusion.classifier_free(apply, self.num_classes, phi=asked.phi)
             else:
-                model = diffusion.autoguided(apply, apply_weak, phi=phi)
-            return model(x, t, rows["label"], rows["guidance"])
+                weak = self.apply_fn(self._weak_network, others["weak"])
+                model = diffusion.autoguided(apply, weak, phi=asked.phi)
+            return model(x, t, asked.rows["label"], asked.rows["guidance"])
 
         if guided and limited:
-            return diffusion.within(interval, with_guidance, plain)
+            return diffusion.within(asked.interval, with_guidance, plain)
         return with_guidance if guided else plain
 
     def _draw(
         self,
         params: Any,
         others: dict[str, Any],
-        plan: diffusion.Plan,
-        key: Array,
-        rows: dict[str, Array],
-        interval: tuple[Array, Array],
-        phi: Array,
+        asked: Asked,
         *,
         guided: bool,
         limited: bool,
         clip: bool,
         parts: tuple[int, int],
     ) -> UInt8[Array, "batch h w 3"]:
-        model = self._model(params, others, rows, interval, phi, guided, limited)
-        keys = diffusion.sample_keys(key, rows["index"])
-        x = diffusion.sample(model, plan, diffusion.initial_noise(keys, self.shape), keys, clip=clip)
+        model = self._model(params, others, asked, guided, limited)
+        keys = diffusion.sample_keys(asked.key, asked.rows["index"])
+        x = diffusion.sample(model, asked.plan, diffusion.initial_noise(keys, self.shape), keys, clip=clip)
         return self._to_images(x, others, parts)
 
     def _watch(
         self,
         params: Any,
         others: dict[str, Any],
-        plan: diffusion.Plan,
-        key: Array,
-        rows: dict[str, Array],
-        interval: tuple[Array, Array],
-        phi: Array,
+        asked: Asked,
         *,
         guided: bool,
         limited: bool,
@@ -211,11 +214,11 @@ class Generator:
         parts: tuple[int, int],
         steps: tuple[int, ...],
     ) -> tuple[UInt8[Array, "batch k h w 3"], UInt8[Array, "batch k h w 3"]]:
-        model = self._model(params, others, rows, interval, phi, guided, limited)
-        keys = diffusion.sample_keys(key, rows["index"])
+        model = self._model(params, others, asked, guided, limited)
+        keys = diffusion.sample_keys(asked.key, asked.rows["index"])
         x = diffusion.initial_noise(keys, self.shape)
-        after, x0 = diffusion.trajectory(model, plan, x, keys, num_steps=steps[-1] + 1, clip=clip)
-        before = jnp.concatenate([x[None], after[:-1]])
+        after, x0 = diffusion.trajectory(model, asked.plan, x, keys, num_steps=steps[-1] + 1, clip=clip)
+        before = jnp.concatenate([asked.plan.initial_scale * x[None], after[:-1]])
         # The batch stays in front: it is what is split over the devices.
         frames = jnp.stack([before[jnp.array(steps)], x0[jnp.array(steps)]])  # [2, k, batch, ...]
         frames = jnp.moveaxis(frames, 2, 0)

@@ -20,6 +20,11 @@ from jaxdiff.generator import Decoder, Generator, Weak
 from jaxdiff.samples import label_names, sample_labels, save_samples
 from jaxdiff.training.checkpoint import Checkpoints
 
+# The fields `diffusion` that say how a network was trained, and not what it predicts.
+TRAINING_ONLY = {
+    *("label_dropout", "loss", "weighting", "weighting_gamma", "time_sampling", "time_normal", "stratified"),
+}
+
 
 def check_autoencoder(config: ConfigDict, folder: pathlib.Path) -> None:
     """ConfigError when `folder` is no workdir of configs/vae.py, or has another architecture than the config."""
@@ -67,7 +72,7 @@ def load_weak(
     check((folder / "config.json").exists(), "a config.json")
     weak_config = files.load(folder / "config.json")
     alike("experiment", config.experiment, weak_config.experiment)
-    for field in sorted(set(config.diffusion) - {"label_dropout"}):
+    for field in sorted(set(config.diffusion) - TRAINING_ONLY):
         alike(f"diffusion.{field}", config.diffusion[field], weak_config.diffusion[field])
     checkpoints = Checkpoints(folder)
     steps = checkpoints.steps

@@ -211,7 +211,7 @@ def evaluate(workdir: pathlib.Path, named: str | None, overrides: dict[str, Any]
     if "sample" not in config:
         raise ConfigError(f"--workdir={workdir}: holds an autoencoder alone, which is scored when its training ends")
     e = config.eval
-    if not (e.scores or e.neighbours):
+    if not (e.scores or e.neighbours or e.nll):
         raise ConfigError("config.eval.scores = (): must name what to measure, as in --config.eval.scores='(\"fd\",)'")
     if e.images and (e.steps or step is not None):
         raise ConfigError(f"config.eval.images = {e.images!r}: must be left out with eval.steps and --step")

@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from jaxdiff.config.fields import guidance_weights
 from jaxdiff.data.sources import SOURCES
-from jaxdiff.diffusion import SAMPLERS, SCHEDULES, SPACINGS
+from jaxdiff.diffusion import PREDICTIONS, SAMPLERS, SCHEDULES, SPACINGS, TIMES, WEIGHTINGS
 from jaxdiff.errors import ConfigError
 from jaxdiff.evaluation import reconstruction
 from jaxdiff.evaluation.extractors import EXTRACTORS
@@ -18,6 +18,8 @@ from jaxdiff.evaluation.scores import FEATURE_SCORES, SCORES
 from jaxdiff.models.discriminator import patches
 
 EXPERIMENTS = ("ldm", "ddpm", "vae")
+CONTINUOUS = {"edm": "karras", "flow": "even"}  # schedules without steps of their own, and how samplers step there
+LOSSES = ("mse", "hybrid", "vlb")
 
 
 def require(ok: bool, field: str, value: Any, allowed: str) -> None:
@@ -171,7 +173,7 @@ def _validate_unet(config: ConfigDict, size: int, size_name: str) -> None:
 
 def _validate_diffusion(config: ConfigDict) -> None:
     d = config.diffusion
-    _one_of(config, "diffusion.schedule", tuple(SCHEDULES))
+    _one_of(config, "diffusion.schedule", (*SCHEDULES, *CONTINUOUS))
     _at_least(config, 2, "diffusion.num_steps")
     require(
         0 < d.beta_start < d.beta_end < 1,
@@ -186,18 +188,72 @@ def _validate_diffusion(config: ConfigDict) -> None:
     for field in ("conditional", "null_class"):
         fits = config.model[field] or d.label_dropout == 0
         require(fits, "diffusion.label_dropout", d.label_dropout, f"0 with model.{field} = False")
+    _validate_prediction(config)
+    _validate_loss(config)
+    _validate_times(config)
+
+
+def _validate_prediction(config: ConfigDict) -> None:
+    d = config.diffusion
+    _one_of(config, "diffusion.prediction", tuple(PREDICTIONS))
+    require(d.sigma_data > 0, "diffusion.sigma_data", d.sigma_data, "positive")
+    require(d.noise_shift > 0, "diffusion.noise_shift", d.noise_shift, "positive")
+    fits = d.schedule != "edm" or d.noise_shift == 1
+    require(
+        fits, "diffusion.noise_shift", d.noise_shift, "1 with diffusion.schedule = 'edm': see diffusion.time_normal"
+    )
+    zero, continuous = d.zero_terminal_snr, d.schedule in CONTINUOUS
+    allowed = f"False with diffusion.schedule = {d.schedule!r}"
+    require(not (zero and continuous), "diffusion.zero_terminal_snr", zero, allowed)
+    allowed = "x0, v or flow with diffusion.zero_terminal_snr: pure noise says nothing of the image by its noise"
+    require(not zero or d.prediction not in ("eps",), "diffusion.prediction", d.prediction, allowed)
+    allowed = "x0, v, flow or edm with diffusion.schedule = 'flow', which begins with pure noise"
+    require(d.schedule != "flow" or d.prediction != "eps", "diffusion.prediction", d.prediction, allowed)
+
+
+def _validate_loss(config: ConfigDict) -> None:
+    d, learned = config.diffusion, config.model.learned_variance
+    _one_of(config, "diffusion.loss", LOSSES)
+    bound = d.loss != "mse"
+    allowed = "hybrid or vlb with model.learned_variance = True, whose variance it would not train"
+    require(bound or not learned, "diffusion.loss", d.loss, allowed)
+    allowed = "mse with model.learned_variance = False: the network has no output channels for a variance"
+    require(learned or not bound, "diffusion.loss", d.loss, allowed)
+    allowed = f"mse with diffusion.schedule = {d.schedule!r}: the bound is of discrete steps"
+    require(not (bound and d.schedule in CONTINUOUS), "diffusion.loss", d.loss, allowed)
+    _one_of(config, "diffusion.weighting", tuple(WEIGHTINGS))
+    known = WEIGHTINGS[d.weighting].predictions
+    allowed = f"simple with diffusion.prediction = {d.prediction!r}; {d.weighting} is defined for {', '.join(known)}"
+    require(d.prediction in known, "diffusion.weighting", d.weighting, allowed)
+    allowed = f"simple with diffusion.loss = {d.loss!r}, which has weights of its own"
+    require(d.weighting == "simple" or not bound, "diffusion.weighting", d.weighting, allowed)
+    _at_least(config, 0, "diffusion.weighting_gamma")
+    used = not d.weighting_gamma or d.weighting in ("min_snr", "p2")
+    allowed = f"0 with diffusion.weighting = {d.weighting!r}"
+    require(used, "diffusion.weighting_gamma", d.weighting_gamma, allowed)
+
+
+def _validate_times(config: ConfigDict) -> None:
+    d = config.diffusion
+    _one_of(config, "diffusion.time_sampling", (*TIMES, "importance"))
+    times = {"edm": ("lognormal",), "flow": ("uniform", "logit_normal")}.get(d.schedule, ("uniform", "importance"))
+    allowed = f"{' or '.join(times)} with diffusion.schedule = {d.schedule!r}"
+    require(d.time_sampling in times, "diffusion.time_sampling", d.time_sampling, allowed)
+    allowed = f"uniform with diffusion.loss = {d.loss!r}; importance is for vlb"
+    require(d.time_sampling != "importance" or d.loss == "vlb", "diffusion.time_sampling", d.time_sampling, allowed)
+    normal = tuple(d.time_normal)
+    fits = len(normal) == 2 and normal[1] > 0 and d.time_sampling in ("lognormal", "logit_normal")
+    allowed = "empty, or with diffusion.time_sampling lognormal and logit_normal (mean, positive deviation)"
+    require(not normal or fits, "diffusion.time_normal", normal, allowed)
 
 
 def validate_sample(config: ConfigDict) -> None:
     """The check of the fields `sample`, which --mode=sample repeats after its changes."""
     s, d = config.sample, config.diffusion
     _one_of(config, "sample.sampler", tuple(SAMPLERS))
-    _one_of(config, "sample.spacing", tuple(SPACINGS))
     _one_of(config, "sample.weights", ("ema", "raw"))
     _one_of(config, "sample.format", ("npz", "png"))
-    require(1 <= s.steps <= d.num_steps, "sample.steps", s.steps, f"in 1..{d.num_steps} (diffusion.num_steps)")
-    require(0 <= s.eta <= 1, "sample.eta", s.eta, "in [0, 1]")
-    require(s.eta == 0 or s.sampler == "ddim", "sample.eta", s.eta, f"0 with sample.sampler = {s.sampler!r}")
+    _validate_steps(config)
     weights = guidance_weights(s)
     numbers = all(type(w) in (int, float) and 0 <= w < math.inf for w in weights)
     allowed = "a number, or several as in (0.,1.5), at least 0 (w in (1+w) cond - w uncond)"
@@ -215,8 +271,9 @@ def validate_sample(config: ConfigDict) -> None:
     step = s.autoguidance_step
     require(not step or s.autoguidance, "sample.autoguidance_step", step, "left out without sample.autoguidance")
     interval = tuple(s.guidance_interval)
-    ordered = len(interval) == 2 and 0 <= interval[0] <= interval[1] < d.num_steps
-    allowed = f"empty or (first, last) in 0..{d.num_steps - 1}"
+    last = {"edm": math.inf, "flow": 1}.get(d.schedule, d.num_steps - 1)
+    ordered = len(interval) == 2 and 0 <= interval[0] <= interval[1] <= last
+    allowed = f"empty or (first, last) in 0..{last}"
     require(not interval or ordered, "sample.guidance_interval", interval, allowed)
     require(0 <= s.guidance_rescale <= 1, "sample.guidance_rescale", s.guidance_rescale, "in [0, 1]")
     for field in ("guidance_interval", "guidance_rescale", "autoguidance"):
@@ -227,6 +284,34 @@ def validate_sample(config: ConfigDict) -> None:
     require(s.decode_tile == 0 or s.decode_tile >= 8, "sample.decode_tile", s.decode_tile, "0 or at least 8")
     for field in ("decode_batch", "decode_tile"):
         require(not s[field] or "autoencoder" in config, f"sample.{field}", s[field], "0 where no latents are decoded")
+
+
+def _validate_steps(config: ConfigDict) -> None:
+    """Sampler, timesteps, and what they are used with."""
+    s, d = config.sample, config.diffusion
+    own = CONTINUOUS.get(d.schedule, "")
+    _one_of(config, "sample.spacing", (*SPACINGS, *CONTINUOUS.values()))
+    allowed = f"{own or 'one of ' + ', '.join(SPACINGS)} with diffusion.schedule = {d.schedule!r}"
+    require(s.spacing == own if own else s.spacing in SPACINGS, "sample.spacing", s.spacing, allowed)
+    allowed = "trailing, linspace, adm or dpm with diffusion.zero_terminal_snr: the first step must be from pure noise"
+    require(not d.zero_terminal_snr or s.spacing != "leading", "sample.spacing", s.spacing, allowed)
+    allowed = f"another with sample.sampler = {s.sampler!r}: its steps do not follow on each other"
+    require(s.spacing != "linspace" or not SAMPLERS[s.sampler].multistep, "sample.spacing", s.spacing, allowed)
+    if own:
+        _at_least(config, 1, "sample.steps")
+    else:
+        require(1 <= s.steps <= d.num_steps, "sample.steps", s.steps, f"in 1..{d.num_steps} (diffusion.num_steps)")
+    require(0 <= s.eta <= 1, "sample.eta", s.eta, "in [0, 1]")
+    require(s.eta == 0 or SAMPLERS[s.sampler].eta, "sample.eta", s.eta, f"0 with sample.sampler = {s.sampler!r}")
+    sigmas = tuple(s.sigmas)
+    fits = len(sigmas) == 3 and 0 < sigmas[0] < sigmas[1] and sigmas[2] > 0
+    require(fits, "sample.sigmas", sigmas, "(smallest, largest, rho), positive and in order")
+    churn = tuple(s.churn)
+    numbers = len(churn) in (0, 1, 4) and all(type(c) in (int, float) and c >= 0 for c in churn)
+    require(numbers, "sample.churn", churn, "empty, (amount,) or (amount, S_min, S_max, S_noise), none negative")
+    fits = d.schedule == "edm" and SAMPLERS[s.sampler].churn
+    allowed = "empty, but with diffusion.schedule = 'edm' and sample.sampler euler or heun"
+    require(not churn or fits, "sample.churn", churn, allowed)
 
 
 def validate_eval(config: ConfigDict) -> None:
@@ -245,11 +330,14 @@ def validate_eval(config: ConfigDict) -> None:
         require(used, f"eval.{field}", e[field], f"left out with eval.extractor = {e.extractor!r}")
     found = not inception or pathlib.Path(e.inception).is_file()
     require(found, "eval.inception", e.inception, "a file with InceptionV3's weights, .pth or .safetensors")
-    _at_least(config, 0, "eval.num", "eval.neighbours", "eval.every")
+    _at_least(config, 0, "eval.num", "eval.neighbours", "eval.every", "eval.nll")
     _at_least(config, 1, "eval.splits", "eval.k")
     for steps in e.steps:
-        whole = type(steps) is int and 1 <= steps <= d.num_steps
-        require(whole, "eval.steps", steps, f"whole numbers in 1..{d.num_steps} (diffusion.num_steps)")
+        last = math.inf if d.schedule in CONTINUOUS else d.num_steps
+        whole = type(steps) is int and 1 <= steps <= last
+        require(whole, "eval.steps", steps, f"whole numbers in 1..{last} (diffusion.num_steps)")
+    fits = not e.nll or d.schedule not in CONTINUOUS
+    require(fits, "eval.nll", e.nll, f"0 with diffusion.schedule = {d.schedule!r}: the bound is of discrete steps")
     nums = {} if e.images else {"eval.num" if e.num else "sample.num": e.num or s.num}
     nums |= {"eval.every_num": e.every_num} if e.every else {}
     for field, num in nums.items():

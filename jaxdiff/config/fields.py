@@ -138,7 +138,7 @@ def unet() -> ConfigDict:
             null_class=True,  # a row of the class table for "no class", which guidance and label_dropout need
             context_tokens=4,  # that a class is embedded to for cross-attention; 0 = no cross-attention
             dropout=0.0,
-            learned_variance=False,  # twice the output channels, as ADM has; such networks can be sampled only
+            learned_variance=False,  # twice the output channels, as ADM has; for diffusion.loss hybrid and vlb
             scale_shift_norm=True,  # timestep and class scale and shift the norms (ADM); False = are added (DDPM)
             resblock_updown=True,  # residual blocks halve and double the resolution (ADM); False = convolutions (DDPM)
             downsample_padding=1,  # of these convolutions: 1 = on all sides; 0 = bottom and right only (DDPM's code)
@@ -153,10 +153,21 @@ def diffusion() -> ConfigDict:
     """Forward process and its training."""
     return ConfigDict(
         dict(
-            schedule="linear",  # linear, scaled_linear or cosine
-            num_steps=1000,  # T
+            # linear, scaled_linear or cosine; in continuous time edm (time is sigma) or flow (straight lines)
+            schedule="linear",
+            num_steps=1000,  # T; edm and flow have none, and no betas
             beta_start=2e-4,  # at T = 1000, as beta_end; the cosine schedule has neither
             beta_end=0.02,
+            noise_shift=1.0,  # factor of noise / signal at every time, as resolution / 64; not for edm
+            zero_terminal_snr=False,  # the last timestep is pure noise: not with prediction eps, nor leading steps
+            prediction="eps",  # of the network: eps, x0, v, flow (eps - x0) or edm (preconditioned)
+            sigma_data=0.5,  # deviation of the data that prediction and weighting edm assume; 1 for whitened latents
+            loss="mse",  # of the prediction; hybrid: also the bound of the learned variance; vlb: the bound alone
+            weighting="simple",  # of the squared error: simple (1 on what is predicted), min_snr, p2 or edm
+            weighting_gamma=0.0,  # of min_snr and p2; 0 = as published, 5 and 1
+            time_sampling="uniform",  # importance (for loss vlb); edm: lognormal; flow: uniform or logit_normal
+            time_normal=(),  # mean and deviation of the two; () = as published, (-1.2, 1.2) and (0, 1)
+            stratified=False,  # times spread evenly over a batch: less noise in the gradient
             label_dropout=0.1,  # share of labels replaced by the null class; guidance needs some
             scaling_factor=0.0,  # latents are multiplied by it; 0 = whitened by each channel's measured mean and std
         )
@@ -167,13 +178,15 @@ def sample() -> ConfigDict:
     """How samples are drawn, during training and by --mode=sample."""
     return ConfigDict(
         dict(
-            sampler="ddim",  # ddim, ddpm or ddpm_large
-            steps=50,  # of the num_steps timesteps
-            spacing="leading",  # leading, trailing, linspace or adm: which timesteps
+            sampler="ddim",  # ddim (euler is the same), ddpm, ddpm_large, heun, dpmpp_1, dpmpp_2m or unipc
+            steps=50,  # of the num_steps timesteps; heun evaluates the network twice in each but the last
+            spacing="leading",  # leading, trailing, linspace, adm or dpm: which timesteps; edm: karras; flow: even
             eta=0.0,  # ddim: 0 = deterministic, 1 = as noisy as ddpm
+            sigmas=(0.002, 80.0, 7.0),  # edm: smallest and largest sigma, and rho, the exponent of karras
+            churn=(),  # edm with euler or heun: amount of noise before each step, and S_min, S_max, S_noise; () = none
             # w in (1+w) cond - w uncond, elsewhere written as s = 1 + w; in --mode=sample also several, as in (0.,1.5)
             guidance=number_or_several(0.0),
-            guidance_interval=(),  # first and last timestep t with guidance, the others cost half; () = all
+            guidance_interval=(),  # first and last time (timestep, sigma) with guidance, others cost half; () = all
             guidance_rescale=0.0,  # phi, share by which guided predictions get the spread of the conditional ones back
             autoguidance="",  # --mode=sample: workdir of a weaker model, to guide with in place of the null class
             autoguidance_step=0,  # its checkpoint; 0 = the newest
@@ -215,6 +228,7 @@ def evaluation(dataset: str) -> ConfigDict:
             reference="val",  # images that are compared with: val or train
             splits=10,  # parts that the inception score is the mean over
             k=3,  # neighbours of precision and recall
+            nll=0,  # --mode=evaluate: validation images whose likelihood is bounded, T evaluations each; 0 = none
             neighbours=0,  # samples, those nearest to training images, in a picture with the latter; 0 = none
             every=0,  # training steps between scores of `every_num` samples in the log; 0 = none
             every_num=100,

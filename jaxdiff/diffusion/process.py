@@ -1,4 +1,4 @@
-"""The forward process q, its posterior, and the reverse process p of a noise prediction."""
+"""The forward process q over discrete steps, its posterior, and the reverse process p of a prediction."""
 
 from typing import NamedTuple
 
@@ -24,8 +24,8 @@ class Reverse(NamedTuple):
     """p(x_{t-1} | x_t), and the prediction of x_0 that it comes from."""
 
     mean: Images
-    variance: Float[Array, "batch *ones"]
-    log_variance: Float[Array, "batch *ones"]
+    variance: Images
+    log_variance: Images
     pred_x0: Images
 
 
@@ -33,18 +33,6 @@ def q_sample(schedule: Schedule, x0: Images, t: Times, eps: Images) -> Images:
     """x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps (DDPM eq. 4)."""
     abar = schedule.alphas_cumprod
     return extract(np.sqrt(abar), t, x0.ndim) * x0 + extract(np.sqrt(1 - abar), t, x0.ndim) * eps
-
-
-def predict_x0_from_eps(schedule: Schedule, x: Images, t: Times, eps: Images) -> Images:
-    """x_0 = (x_t - sqrt(1 - abar_t) eps) / sqrt(abar_t)."""
-    abar = schedule.alphas_cumprod
-    return extract(np.sqrt(1 / abar), t, x.ndim) * x - extract(np.sqrt(1 / abar - 1), t, x.ndim) * eps
-
-
-def predict_eps_from_x0(schedule: Schedule, x: Images, t: Times, x0: Images) -> Images:
-    """eps = (x_t - sqrt(abar_t) x_0) / sqrt(1 - abar_t)."""
-    abar = schedule.alphas_cumprod
-    return (x - extract(np.sqrt(abar), t, x.ndim) * x0) * extract(1 / np.sqrt(1 - abar), t, x.ndim)
 
 
 def q_posterior(schedule: Schedule, x0: Images, x: Images, t: Times) -> Gaussian:
@@ -57,22 +45,37 @@ def q_posterior(schedule: Schedule, x0: Images, x: Images, t: Times) -> Gaussian
     return Gaussian(mean, variance, extract(s.posterior_log_variance_clipped, t, x.ndim))
 
 
-def p_mean_variance(
-    schedule: Schedule, eps: Images, x: Images, t: Times, *, variance: str = "fixed_small", clip: bool = False
-) -> Reverse:
-    """p(x_{t-1} | x_t) of a noise prediction, x_0 clipped to [-1, 1] if `clip`.
+def learned_fraction(output: Images) -> Images:
+    """The share (v + 1) / 2 of the larger log variance, from what a network says beside its prediction."""
+    return (output + 1) / 2
 
-    Args: variance, "fixed_small" (the posterior's) or "fixed_large" (beta, but the posterior's at t = 0).
-    Raises: KeyError for another variance.
+
+def p_mean_variance(
+    schedule: Schedule,
+    pred_x0: Images,
+    x: Images,
+    t: Times,
+    *,
+    variance: str = "fixed_small",
+    fraction: Images | None = None,
+    clip: bool = False,
+) -> Reverse:
+    """p(x_{t-1} | x_t) of a prediction of x_0, which is clipped to [-1, 1] if `clip`.
+
+    Args: variance, "fixed_small" (the posterior's), "fixed_large" (beta, but the posterior's at t = 0), or
+      "learned_range": log variance fraction log(beta) + (1 - fraction) log(posterior variance), elementwise.
+    Raises: KeyError for another variance. Source: Nichol & Dhariwal 2021 (arXiv 2102.09672), eq. 15.
     """
-    small = schedule.posterior_variance
-    tables = {
-        "fixed_small": (small, schedule.posterior_log_variance_clipped),
-        "fixed_large": (large := np.append(small[1], schedule.betas[1:]), np.log(large)),
-    }
-    pred_x0 = predict_x0_from_eps(schedule, x, t, eps)
     if clip:
         pred_x0 = jnp.clip(pred_x0, min=-1, max=1)
     mean = q_posterior(schedule, pred_x0, x, t).mean
+    small = extract(schedule.posterior_log_variance_clipped, t, x.ndim)
+    if variance == "learned_range":
+        log_variance = fraction * extract(np.log(schedule.betas), t, x.ndim) + (1 - fraction) * small
+        return Reverse(mean, jnp.exp(log_variance), log_variance, pred_x0)
+    tables = {
+        "fixed_small": (schedule.posterior_variance, schedule.posterior_log_variance_clipped),
+        "fixed_large": (np.exp(schedule.beta_log_variance), schedule.beta_log_variance),
+    }
     table, log_table = tables[variance]
     return Reverse(mean, extract(table, t, x.ndim), extract(log_table, t, x.ndim), pred_x0)

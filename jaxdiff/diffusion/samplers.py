@@ -1,170 +1,176 @@
-"""Sampling: step rules (coefficients, on the host), one step, and the loop over the steps (on the device)."""
+"""Step rules of the samplers: coefficients, in float64 on the host. A new one is a function and a line in `SAMPLERS`.
+
+All are linear in what a sampler knows: x, the predictions of x_0 (now, last, and before that) and of eps, and noise.
+What differs is the coefficients, so that one loop (`loop.py`) runs them all.
+"""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Float64, Int, PRNGKeyArray
+from jaxtyping import Float64
 
-from jaxdiff.diffusion.schedules import Schedule
-from jaxdiff.diffusion.spacing import timestep_pairs
-from jaxdiff.errors import ConfigError
-
-Images = Float[Array, "batch *shape"]
 Table = Float64[np.ndarray, " n"]
-Model = Callable[[Images, Int[Array, " batch"]], Images]
+
+
+class Path(NamedTuple):
+    """Levels of x = a x_0 + s eps that the steps begin at, and that they lead to."""
+
+    a: Table
+    s: Table
+    a_next: Table
+    s_next: Table
+
+
+class Correction(NamedTuple):
+    """x at an evaluation, once its prediction is known: of x, the corrected x of the evaluation before it, and the
+    predictions of x_0 of this one, the last, and the one before. As given, x stays what it is."""
+
+    x: Any = 1.0
+    base: Any = 0.0
+    now: Any = 0.0
+    last: Any = 0.0
+    before: Any = 0.0
 
 
 class Rule(NamedTuple):
-    """Coefficients of x' = x0 * pred_x0 + eps * pred_eps + x * x_t + noise * z, one of each for every step."""
+    """The next x = x * x + x0 * pred_x0 + eps * pred_eps + last * pred_x0 of the last evaluation + noise * z."""
 
-    x0: Any
-    eps: Any
-    x: Any
-    noise: Any
-
-
-def ddpm(abar: Table, abar_prev: Table, eta: float = 0.0) -> Rule:
-    """Ancestral sampling with the posterior's variance, beta_i = 1 - abar / abar_prev (DDPM eq. 7, algorithm 2)."""
-    alpha = abar / abar_prev
-    x0 = np.sqrt(abar_prev) * (1 - alpha) / (1 - abar)
-    x = (1 - abar_prev) * np.sqrt(alpha) / (1 - abar)
-    return Rule(x0, np.zeros_like(x0), x, np.sqrt((1 - alpha) * (1 - abar_prev) / (1 - abar)))
+    x: Any = 0.0
+    x0: Any = 0.0
+    eps: Any = 0.0
+    last: Any = 0.0
+    noise: Any = 0.0
+    correction: Correction = Correction()
 
 
-def ddpm_large(abar: Table, abar_prev: Table, eta: float = 0.0) -> Rule:
-    """Ancestral sampling with the larger variance, beta_i; noiseless, as all of them, in the step to abar_prev = 1."""
-    return ddpm(abar, abar_prev)._replace(noise=np.sqrt(1 - abar / abar_prev) * (abar_prev < 1))
+def ddim(path: Path, eta: float = 0.0) -> Rule:
+    """DDIM (arXiv 2010.02502, eqs. 12 and 16): eta = 0 is deterministic, 1 as noisy as `ddpm`.
 
-
-def ddim(abar: Table, abar_prev: Table, eta: float = 0.0) -> Rule:
-    """DDIM (arXiv 2010.02502, eqs. 12 and 16): eta = 0 is deterministic, 1 as noisy as `ddpm`."""
-    sigma = eta * np.sqrt((1 - abar_prev) / (1 - abar) * (1 - abar / abar_prev))
-    return Rule(np.sqrt(abar_prev), np.sqrt(1 - abar_prev - sigma**2), np.zeros_like(abar), sigma)
-
-
-SAMPLERS: Mapping[str, Callable[[Table, Table, float], Rule]] = {"ddim": ddim, "ddpm": ddpm, "ddpm_large": ddpm_large}
-WITH_ETA = ("ddim",)
-
-
-class Plan(NamedTuple):
-    """What a sampler does, as arrays over its steps that are padded to T: no two plans need two programs."""
-
-    num_steps: Int[Array, ""]
-    timesteps: Int[Array, " T"]
-    signal: Float[Array, " T"]  # sqrt(abar_t)
-    sigma: Float[Array, " T"]  # sqrt(1 - abar_t)
-    rule: Rule
-
-
-def make_plan(
-    schedule: Schedule, sampler: str = "ddim", *, steps: int = 50, spacing: str = "leading", eta: float = 0.0
-) -> Plan:
-    """The plan of `sampler` for `steps` timesteps of the schedule, its coefficients computed in float64.
-
-    Raises: ConfigError for an unknown sampler or spacing, too many steps, or an eta outside [0, 1] or not used.
+    With eta = 0 it is Euler's method for the probability flow, of EDM and of flow matching as well.
     """
-    if sampler not in SAMPLERS:
-        raise ConfigError(f"sample.sampler = {sampler!r}: must be one of {', '.join(SAMPLERS)}")
-    if not 0 <= eta <= 1 or (eta and sampler not in WITH_ETA):
-        raise ConfigError(f"sample.eta = {eta}: must be in [0, 1] for {', '.join(WITH_ETA)}, 0 for other samplers")
-    total = len(schedule.betas)
-    t, t_prev = timestep_pairs(spacing, total, steps)
-    abar = schedule.alphas_cumprod[t]
-    abar_prev = np.append(schedule.alphas_cumprod, 1.0)[t_prev]  # index -1 is the clean end
-
-    def pad(x: Table) -> Float[Array, " T"]:
-        return jnp.asarray(np.pad(x, (0, total - steps)), jnp.float32)
-
-    rule = Rule(*map(pad, SAMPLERS[sampler](abar, abar_prev, eta)))
-    timesteps = jnp.asarray(np.pad(t, (0, total - steps)), jnp.int32)
-    return Plan(jnp.asarray(steps, jnp.int32), timesteps, pad(np.sqrt(abar)), pad(np.sqrt(1 - abar)), rule)
+    sigma = eta * ddpm(path).noise
+    return Rule(x0=path.a_next, eps=np.sqrt(path.s_next**2 - sigma**2), noise=sigma)
 
 
-def plan_row(plan: Plan, i: Int[Array, "*index"], ndim: int = 0) -> Plan:
-    """The tables of a plan at step(s) i, with axes of size 1 appended up to `ndim`; num_steps is left as it is."""
+def ddpm(path: Path, eta: float = 0.0) -> Rule:
+    """Ancestral sampling with the posterior's variance, or that which the network learned (DDPM eq. 7, algorithm 2).
 
-    def at(table: Array) -> Array:
-        row = table[i]
-        return row.reshape(row.shape + (1,) * max(0, ndim - row.ndim)) if row.ndim else row
-
-    return jax.tree.map(at, plan._replace(num_steps=plan.timesteps))._replace(num_steps=plan.num_steps)
-
-
-def denoise_step(
-    row: Plan, x: Images, eps: Images, z: Images, *, clip: bool, recompute_eps: bool = True
-) -> tuple[Images, Images]:
-    """One step: the next x, and the prediction of x_0.
-
-    Args:
-      row: of a plan, broadcast against x. eps: predicted noise. z: standard normal.
-      clip: the prediction of x_0 to [-1, 1]; then eps is recomputed from it (guided-diffusion), unless
-        `recompute_eps` is False (diffusers' default).
+    For any process: Kingma et al. 2021 (arXiv 2107.00630), appendix A.
     """
-    x0 = (x - row.sigma * eps) / row.signal
-    if clip:
-        x0 = jnp.clip(x0, min=-1, max=1)
-        if recompute_eps:
-            eps = (x - row.signal * x0) / row.sigma
-    c = row.rule
-    return c.x0 * x0 + c.eps * eps + c.x * x + c.noise * z, x0
+    a, s, a_next, s_next = path
+    ratio = a / a_next
+    beta = s**2 - (ratio * s_next) ** 2
+    return Rule(x=ratio * s_next**2 / s**2, x0=a_next * beta / s**2, noise=np.sqrt(beta) * s_next / s)
 
 
-def _step(
-    model: Model, plan: Plan, keys: PRNGKeyArray, clip: bool, recompute_eps: bool, i: Array, x: Images
-) -> tuple[Images, Images]:
-    row = plan_row(plan, i)
-    eps = model(x, jnp.full(x.shape[:1], row.timesteps))
-
-    def draw(keys: PRNGKeyArray) -> Images:
-        return jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, i), x.shape[1:], x.dtype))(keys)
-
-    # Deterministic samplers, and every sampler's last step, draw nothing.
-    z = jax.lax.cond(row.rule.noise > 0, draw, lambda keys: jnp.zeros_like(x), keys)
-    return denoise_step(row, x, eps, z, clip=clip, recompute_eps=recompute_eps)
+def ddpm_large(path: Path, eta: float = 0.0) -> Rule:
+    """Ancestral sampling with the larger variance, beta; noiseless, as all of them, in the step to the clean end."""
+    a, s, a_next, s_next = path
+    return ddpm(path)._replace(noise=np.sqrt(s**2 - (a / a_next * s_next) ** 2) * (s_next > 0))
 
 
-def sample(
-    model: Model, plan: Plan, x_init: Images, keys: PRNGKeyArray, *, clip: bool, recompute_eps: bool = True
-) -> Images:
-    """x after all steps of the plan, from x_init: one loop on the device, whose length is traced.
+def heun(path: Path, eta: float = 0.0) -> Rule:
+    """Heun's method in (a, s): x' = x + (a' - a) mean(x_0) + (s' - s) mean(eps) over both ends of the step.
 
-    Args: model(x, t) -> eps; keys, one a sample (`sample_keys`); clip, recompute_eps as in `denoise_step`.
+    Two evaluations a step, but one in the last. For a = 1 it is EDM's (arXiv 2206.00364, algorithm 1), for
+    a = 1 - t, s = t that of the flow's velocity.
     """
+    first = ddim(path)
+    a, s, a_next, s_next = (table[:-1] for table in path)  # of the second evaluations
+    da, ds = (a_next - a) / 2, (s_next - s) / 2
+    second = Rule(
+        x=np.ones_like(a),
+        correction=Correction(
+            x=ds / s_next, base=1 + ds / s, now=da - ds * a_next / s_next, last=da - ds * a / s, before=0 * a
+        ),
+    )
 
-    def body(i: Array, x: Images) -> Images:
-        return _step(model, plan, keys, clip, recompute_eps, i, x)[0]
+    def interleave(one: Any, two: Any) -> Table:
+        out = np.zeros(2 * len(path.a) - 1)
+        out[::2], out[1::2] = one, two
+        return out
 
-    return jax.lax.fori_loop(0, plan.num_steps, body, x_init)
-
-
-def trajectory(
-    model: Model,
-    plan: Plan,
-    x_init: Images,
-    keys: PRNGKeyArray,
-    *,
-    num_steps: int,
-    clip: bool,
-    recompute_eps: bool = True,
-) -> tuple[Float[Array, "n batch *shape"], Float[Array, "n batch *shape"]]:
-    """All x and all predictions of x_0 over the first `num_steps` steps, by `lax.scan`; arguments as in `sample`."""
-
-    def body(x: Images, i: Array) -> tuple[Images, tuple[Images, Images]]:
-        x, x0 = _step(model, plan, keys, clip, recompute_eps, i, x)
-        return x, (x, x0)
-
-    return jax.lax.scan(body, x_init, jnp.arange(num_steps))[1]
+    corrections = zip(first.correction, second.correction, strict=True)
+    correction = Correction(*(interleave(one, two) for one, two in corrections))
+    pairs = zip(first[:-1], second[:-1], strict=True)
+    return Rule(*(interleave(one, two) for one, two in pairs), correction)
 
 
-def sample_keys(key: PRNGKeyArray, indices: Int[Array, " batch"]) -> PRNGKeyArray:
-    """One key a sample: all the randomness of sample number k depends on (key, k) alone."""
-    return jax.vmap(lambda k: jax.random.fold_in(key, k))(indices)
+def _log_snr_steps(path: Path) -> tuple[Table, Table, Table]:
+    """exp(-h) and h of the steps in lambda = log(a / s), and h of the step before over h, inf where there is none."""
+    ratio = path.a * path.s_next / (path.s * path.a_next)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        h = -np.log(ratio)
+        r = np.append(np.inf, h[:-1]) / h
+    return ratio, h, np.where(np.isfinite(h), r, np.inf)
 
 
-def initial_noise(keys: PRNGKeyArray, shape: tuple[int, ...]) -> Images:
-    """Standard normal x_T of every sample, [B, *shape]."""
-    beyond_all_steps = 2**31 - 1
-    return jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, beyond_all_steps), shape))(keys)
+def dpmpp_1(path: Path, eta: float = 0.0) -> Rule:
+    """DPM-Solver++ of order 1 (Lu et al. 2022, arXiv 2211.01095, eq. 9), which is DDIM."""
+    ratio, _, _ = _log_snr_steps(path)
+    return Rule(x=path.s_next / path.s, x0=path.a_next * (1 - ratio))
+
+
+def dpmpp_2m(path: Path, eta: float = 0.0) -> Rule:
+    """DPM-Solver++(2M): the last prediction of x_0 tells how it changes (Lu et al. 2022, algorithm 2).
+
+    Of order 1 in the first step, in the last, to the clean end, and after one from pure noise.
+    """
+    ratio, _, r = _log_snr_steps(path)
+    phi = path.a_next * (1 - ratio)
+    return Rule(x=path.s_next / path.s, x0=phi * (1 + 0.5 / r), last=-phi * 0.5 / r)
+
+
+def unipc(path: Path, eta: float = 0.0) -> Rule:
+    """UniPC of order 2 with B(h) = exp(h) - 1: predicted as 2M does, and corrected by what the network then says.
+
+    Source: Zhao et al. 2023 (arXiv 2302.04867), eqs. 5 to 8 and appendix E.4; one evaluation a step.
+    """
+    ratio, h, r = _log_snr_steps(path)
+    phi = path.a_next * (1 - ratio)  # -a' expm1(-h); as B(h), too
+    rule = Rule(x=path.s_next / path.s, x0=phi * (1 + 0.5 / r), last=-phi * 0.5 / r)
+    n = len(h)
+    # The correction of the x that step i - 1 led to, with the prediction there: index i, none for i = 0.
+    correction = Correction(*(np.zeros(n) for _ in Correction._fields))
+    correction.x[0] = 1
+    for i in range(1, n):
+        own = -h[i - 1]
+        first = (ratio[i - 1] - 1) / own - 1 if np.isfinite(own) else -1.0
+        second = first / own - 0.5 if np.isfinite(own) else -0.5
+        b = np.array([first, 2 * second]) / (ratio[i - 1] - 1)
+        rk = -r[i - 1]
+        two = np.isfinite(rk)
+        weights = np.linalg.solve([[1, 1], [rk, 1]], b) if two else np.array([0, 0.5])
+        size = phi[i - 1]
+        of_before, of_now = size * weights
+        correction.base[i] = path.s_next[i - 1] / path.s[i - 1]
+        correction.now[i] = of_now
+        correction.before[i] = of_before / rk if two else 0.0
+        correction.last[i] = size - of_now - correction.before[i]
+    return rule._replace(correction=correction)
+
+
+class Sampler(NamedTuple):
+    """rule: (path, eta) -> coefficients. eta: whether it takes one. learned: whether its noise has the variance that
+    the network learned. multistep: each step must begin where the last one ended. evaluations: of a step, but for the
+    last. churn: whether noise can be added before a step (EDM)."""
+
+    rule: Callable[[Path, float], Rule]
+    eta: bool = False
+    learned: bool = False
+    multistep: bool = False
+    evaluations: int = 1
+    churn: bool = False
+
+
+SAMPLERS: Mapping[str, Sampler] = {
+    "ddim": Sampler(ddim, eta=True),
+    "ddpm": Sampler(ddpm, learned=True),
+    "ddpm_large": Sampler(ddpm_large),
+    "euler": Sampler(ddim, churn=True),
+    "heun": Sampler(heun, multistep=True, evaluations=2, churn=True),
+    "dpmpp_1": Sampler(dpmpp_1),
+    "dpmpp_2m": Sampler(dpmpp_2m, multistep=True),
+    "unipc": Sampler(unipc, multistep=True),
+}

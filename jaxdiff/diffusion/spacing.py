@@ -43,11 +43,21 @@ def adm(num_steps: int, steps: int) -> Pairs:
     return t, np.append(t[1:], -1)
 
 
+def dpm(num_steps: int, steps: int) -> Pairs:
+    """From num_steps - 1 evenly to 0, which is left out: the last step goes to the clean end from a timestep above it.
+
+    The timesteps of DPM-Solver, which diffusers calls linspace for that solver and for UniPC.
+    """
+    t = np.round(np.linspace(num_steps - 1, 0, steps + 1)).astype(np.int64)[:-1]
+    return t, np.append(t[1:], -1)
+
+
 SPACINGS: Mapping[str, Callable[[int, int], Pairs]] = {
     "leading": leading,
     "trailing": trailing,
     "linspace": linspace,
     "adm": adm,
+    "dpm": dpm,
 }
 
 
@@ -60,7 +70,10 @@ def timestep_pairs(spacing: str, num_steps: int, steps: int) -> Pairs:
         raise ConfigError(f"sample.spacing = {spacing!r}: must be one of {', '.join(SPACINGS)}")
     if not 1 <= steps <= num_steps:
         raise ConfigError(f"sample.steps = {steps}: must be in 1..{num_steps} (diffusion.num_steps)")
-    return SPACINGS[spacing](num_steps, steps)
+    t, t_prev = SPACINGS[spacing](num_steps, steps)
+    if len(np.unique(t)) < steps:  # dpm leaves the last timestep out
+        raise ConfigError(f"sample.steps = {steps}: must be less than {num_steps} with sample.spacing = {spacing!r}")
+    return t, t_prev
 
 
 def sections(num_steps: int, counts: str) -> Steps:

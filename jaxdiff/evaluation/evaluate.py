@@ -17,6 +17,7 @@ from jaxdiff.data import load_source
 from jaxdiff.data.sources import array_source
 from jaxdiff.evaluation.imagefiles import read_images
 from jaxdiff.evaluation.judge import Judge
+from jaxdiff.evaluation.likelihood import likelihood_record
 from jaxdiff.evaluation.neighbours import neighbours_sheet
 from jaxdiff.evaluation.records import Record, add_record, describe, read_scores
 from jaxdiff.generator import Generator
@@ -43,8 +44,9 @@ def sample_protocol(config: ConfigDict, settings: ConfigDict, step: int, num_cla
         labels = "none"
     else:
         labels = f"{settings.classes} in turn" if settings.classes else f"all {num_classes} in turn"
+    decisive = (*DECISIVE, *(("sigmas", "churn") if config.diffusion.schedule == "edm" else ()))
     # Through JSON, so that it is equal to what is read from a file.
-    values = json.loads(json.dumps({name: settings[name] for name in DECISIVE}))
+    values = json.loads(json.dumps({name: settings[name] for name in decisive}))
     return {"images": "samples", "step": step, "ema_decay": config.ema_decay, "labels": labels, **values}
 
 
@@ -141,11 +143,21 @@ def run_evaluate(config: ConfigDict, workdir: pathlib.Path, step: int | None, *,
         stem = f"eval-{pathlib.Path(e.images).stem}-n{len(scored)}"
         keep_record(record, workdir, stem, scored, labels, judge)
         return [record]
-    judge.check(e.num or config.sample.num)
+    if e.scores or e.neighbours:
+        judge.check(e.num or config.sample.num)
     generator, params, meta = load_generator(config, workdir, mesh, step)
+    records = []
+    if e.nll:
+        protocol = {name: config.sample[name] for name in ("weights", "seed")}
+        protocol |= {"step": meta["step"], "ema_decay": config.ema_decay}
+        records.append(likelihood_record(generator, params, config.sample, val, e.nll, protocol))
+        if meshes.is_main():
+            add_record(workdir, records[0])
+        say(describe(records[0]))
+    if not (e.scores or e.neighbours):
+        return records
     scorer = Scorer(config, workdir, generator, judge, meta["class_names"])
     config.sample.autoguidance_step = meta.get("weak_step", 0)  # the newest may be another one tomorrow
-    records = []
     for steps in tuple(e.steps) or (config.sample.steps,):
         for w in guidance_weights(config.sample):
             settings = with_fields(config.sample, steps=steps, guidance=w, num=e.num or config.sample.num)

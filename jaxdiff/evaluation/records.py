@@ -46,6 +46,8 @@ def describe(record: Record) -> str:
         guided = f"w = {p['guidance']:g}" + (", " + ", ".join(p["guided"]) if p.get("guided") else "")
         of += f" of step {p['step']:,}, {p['sampler']} {p['steps']} steps {p['spacing']}, eta {p['eta']:g}, {guided}"
         of += f", {p['weights']} weights, seed {p['seed']}, labels {p['labels']}"
+    if "bound" in p:
+        of += f" at step {p['step']:,}, {p['weights']} weights: {p['bound']}; seed {p['seed']}"
     lines = [scores, f"  of {of}"]
     if "reference" in p:
         real, other, e = p["reference"], p["floor"], p["extractor"]

@@ -117,4 +117,5 @@ def read_unet(folder: pathlib.Path, shape: Sequence[int], num_classes: int) -> F
                 tensors[name] = np.swapaxes(split, 0, 1).reshape(value.shape)
     names = unet_names(levels, config["num_res_blocks"], [2**level in factors for level in range(levels)])
     ours = class_fields("num_classes", config.get("num_classes"), num_classes, where)
+    ours["diffusion.loss"] = "hybrid" if fields["learned_variance"] else "mse"
     return Foreign(ours | {f"model.{name}": value for name, value in fields.items()}, tensors, names)

@@ -22,12 +22,8 @@ from jaxdiff.interop.unet2d import unet_config, unet_tensors
 from jaxdiff.models import AutoencoderKL, UNet
 
 SCHEDULES = {"linear": "linear", "scaled_linear": "scaled_linear", "cosine": "squaredcos_cap_v2"}
-SCHEDULE_FIXED = {
-    "prediction_type": "epsilon",
-    "rescale_betas_zero_snr": False,
-    "thresholding": False,
-    "trained_betas": None,
-}
+PREDICTIONS = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}
+SCHEDULE_FIXED = {"thresholding": False, "trained_betas": None}
 
 
 class Sampler(NamedTuple):
@@ -68,6 +64,13 @@ def scheduler_config(config: ConfigDict) -> dict[str, Any]:
     d, s = config.diffusion, config.sample
     if s.sampler not in SAMPLERS:
         raise ConfigError(f"config.sample.sampler = {s.sampler!r}: must be one of {', '.join(SAMPLERS)} to export")
+    for field, value, known in (
+        ("schedule", d.schedule, tuple(SCHEDULES)),
+        ("prediction", d.prediction, tuple(PREDICTIONS)),
+        ("noise_shift", d.noise_shift, (1.0,)),
+    ):
+        if value not in known:
+            raise ConfigError(f"config.diffusion.{field} = {value!r}: must be {' or '.join(map(str, known))} to export")
     theirs = SAMPLERS[s.sampler]
     if s.spacing not in theirs.spacings:
         allowed = f"must be one of {', '.join(theirs.spacings)} to export {s.sampler} as a {theirs.kind}"
@@ -76,6 +79,8 @@ def scheduler_config(config: ConfigDict) -> dict[str, Any]:
         "_class_name": theirs.kind,
         **SCHEDULE_FIXED,
         **theirs.options,
+        "prediction_type": PREDICTIONS[d.prediction],
+        "rescale_betas_zero_snr": d.zero_terminal_snr,
         "num_train_timesteps": d.num_steps,
         "beta_schedule": SCHEDULES[d.schedule],
         "beta_start": d.beta_start * 1000 / d.num_steps,  # ours are given for 1000 steps
@@ -103,7 +108,14 @@ def schedule_fields(folder: pathlib.Path) -> dict[str, Any]:
     schedules = {value: name for name, value in SCHEDULES.items()}
     if theirs not in schedules:
         raise ConfigError(f"--from={folder}: beta_schedule = {theirs!r}: must be one of {', '.join(schedules)}")
+    predictions = {value: name for name, value in PREDICTIONS.items()}
+    prediction = config.get("prediction_type", "epsilon")
+    if prediction not in predictions:
+        allowed = f"must be one of {', '.join(predictions)}"
+        raise ConfigError(f"--from={folder}: prediction_type = {prediction!r}: {allowed}")
     return {
+        "diffusion.prediction": predictions[prediction],
+        "diffusion.zero_terminal_snr": config.get("rescale_betas_zero_snr", False),
         "diffusion.schedule": schedules[theirs],
         "diffusion.num_steps": steps,
         "diffusion.beta_start": config.get("beta_start", 1e-4) * steps / 1000,

@@ -44,7 +44,7 @@ def autoencoder_objective(
     all is summed over the values of an image, not averaged.
     """
 
-    def prepare(batch: dict[str, Array], key: PRNGKeyArray) -> dict[str, Array]:
+    def prepare(batch: dict[str, Array], key: PRNGKeyArray, memory: Any = ()) -> dict[str, Array]:
         b, h, w, _ = batch["image"].shape
         f = model.downsampling
         noise = jax.random.normal(key, (b, h // f, w // f, model.latent_channels))

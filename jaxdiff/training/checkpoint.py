@@ -19,6 +19,7 @@ STATE_ITEMS = {
     "optimizer": "opt_state",
     "critic": "critic",
     "critic_optimizer": "critic_opt_state",
+    "memory": "memory",
 }
 
 
@@ -31,8 +32,9 @@ class Checkpoints:
     """The folder `workdir/checkpoints`, an Orbax CheckpointManager.
 
     A checkpoint holds the items params, ema, optimizer (each restorable alone), critic and critic_optimizer where the
-    loss is trained too, and meta: a JSON object with the position in the data and what sampling has to know. With
-    `keep`, saving leaves the last `keep` checkpoints and the one of the lowest validation loss.
+    loss is trained too, memory where it has one, and meta: a JSON object with the position in the data and what
+    sampling has to know. With `keep`, saving leaves the last `keep` checkpoints and the one of the lowest validation
+    loss.
     """
 
     def __init__(self, workdir: pathlib.Path, keep: int | None = None) -> None:

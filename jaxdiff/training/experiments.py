@@ -14,12 +14,13 @@ from jaxdiff import images
 from jaxdiff import mesh as meshes
 from jaxdiff.build import build_autoencoder
 from jaxdiff.data import Source
+from jaxdiff.diffusion import TIMES, WEIGHTINGS
 from jaxdiff.generator import Decoder, Generator
 from jaxdiff.models.discriminator import PatchDiscriminator
 from jaxdiff.models.perceptual import load_perceptual
 from jaxdiff.samples import columns, label_names, sample_labels
 from jaxdiff.training.adversarial import Adversary, autoencoder_objective
-from jaxdiff.training.objectives import diffusion_objective
+from jaxdiff.training.objectives import Recipe, diffusion_objective
 from jaxdiff.training.optimizer import total_steps
 from jaxdiff.training.step import Objective
 
@@ -43,6 +44,24 @@ class Experiment(NamedTuple):
     score: Callable[[Any], dict[str, float]] | None = None
 
 
+def build_recipe(config: ConfigDict) -> Recipe:
+    """How `config.diffusion` trains a diffusion model."""
+    d = config.diffusion
+    published = WEIGHTINGS[d.weighting].gamma
+    normal = TIMES[d.time_sampling].normal if d.time_sampling in TIMES else ()
+    return Recipe(
+        label_dropout=d.label_dropout,
+        prediction=d.prediction,
+        sigma_data=d.sigma_data,
+        loss=d.loss,
+        weighting=d.weighting,
+        gamma=d.weighting_gamma or (d.sigma_data if published is None else published),
+        time_sampling=d.time_sampling,
+        time_normal=tuple(d.time_normal) or normal or (0.0, 1.0),
+        stratified=d.stratified,
+    )
+
+
 def diffusion_experiment(
     config: ConfigDict,
     train: Source,
@@ -58,9 +77,8 @@ def diffusion_experiment(
     names = list(train.class_names)
     generator = Generator(config, shape, len(names), mesh, decoder)
     whitening = decoder.whitening if decoder else None
-    label_dropout = config.diffusion.label_dropout
     objective = diffusion_objective(
-        generator.network, generator.schedule, label_dropout=label_dropout, whitening=whitening
+        generator.network, generator.process, build_recipe(config), null_label=len(names), whitening=whitening
     )
     meta: dict[str, Any] = {"class_names": names, "shape": list(shape)}
     if whitening is not None:

@@ -72,7 +72,8 @@ def fit(
     """
     total = total_steps(config, len(experiment.train))
     optimizer, schedule = recipe_optimizer(config, total)
-    critic, frozen = experiment.objective.critic, meshes.put_replicated(experiment.objective.frozen, mesh)
+    frozen = meshes.put_replicated(experiment.objective.frozen, mesh)
+    inner = (experiment.objective.critic, experiment.objective.memory)
     train_step = make_train_step(
         experiment.objective,
         optimizer,
@@ -87,9 +88,9 @@ def fit(
     checkpoints = Checkpoints(workdir, config.keep)
     start = 0
     if checkpoints.latest is None:
-        state = init_state(experiment.init, optimizer, config.seed, mesh, critic)
+        state = init_state(experiment.init, optimizer, config.seed, mesh, *inner)
     else:
-        abstract = jax.eval_shape(lambda: init_state(experiment.init, optimizer, config.seed, mesh, critic))
+        abstract = jax.eval_shape(lambda: init_state(experiment.init, optimizer, config.seed, mesh, *inner))
         sharding = meshes.replicated(mesh)
         abstract = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), abstract)
         state, meta = checkpoints.restore(abstract)

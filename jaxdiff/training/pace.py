@@ -33,10 +33,10 @@ class Length(NamedTuple):
 def measure_pace(experiment: Experiment, config: ConfigDict, mesh: Mesh) -> Pace:
     """Compile a stage's training step and time a few of them on its first batches; nothing is kept."""
     optimizer, schedule = recipe_optimizer(config, total_steps(config, len(experiment.train)))
-    critic, frozen = experiment.objective.critic, meshes.put_replicated(experiment.objective.frozen, mesh)
+    objective, frozen = experiment.objective, meshes.put_replicated(experiment.objective.frozen, mesh)
     options = {"seed": config.seed, "ema_decay": config.ema_decay, "accumulate": config.accumulate}
-    step = make_train_step(experiment.objective, optimizer, schedule, mesh, **options)
-    state = init_state(experiment.init, optimizer, config.seed, mesh, critic)
+    step = make_train_step(objective, optimizer, schedule, mesh, **options)
+    state = init_state(experiment.init, optimizer, config.seed, mesh, objective.critic, objective.memory)
     batches = train_batches(
         experiment.train,
         seed=config.seed,

@@ -80,8 +80,6 @@ def _check(config: ConfigDict, train: Source) -> None:
         require(recipe.warmup_steps < total, f"{prefix}warmup_steps", recipe.warmup_steps, allowed)
     if "sample" in config:
         sample_labels(config.sample, label_names(config, train.class_names))
-        allowed = "False in --mode=train: there is no loss for the variance"
-        require(not config.model.learned_variance, "model.learned_variance", True, allowed)
 
 
 def vae_config(config: ConfigDict) -> ConfigDict:
@@ -189,7 +187,8 @@ def run_import(config: ConfigDict, workdir: pathlib.Path, params: Any, train: So
     else:
         experiment, _ = diffusion_stage(config, workdir, train, val, mesh)
     optimizer, _ = recipe_optimizer(config, total_steps(config, len(train)))
-    create = functools.partial(new_state, optimizer=optimizer, critic=experiment.objective.critic)
+    inner = {"critic": experiment.objective.critic, "memory": experiment.objective.memory}
+    create = functools.partial(new_state, optimizer=optimizer, **inner)
     key = named_key(config.seed, "init")
     state = jax.jit(create, out_shardings=meshes.replicated(mesh))(meshes.put_replicated(params, mesh), key=key)
     checkpoints = Checkpoints(workdir, config.keep)

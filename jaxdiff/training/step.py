@@ -27,6 +27,7 @@ class TrainState(NamedTuple):
     opt_state: optax.OptState
     critic: Params = ()
     critic_opt_state: optax.OptState = ()
+    memory: Any = ()  # of the objective, where it has one
 
 
 class Critic(NamedTuple):
@@ -41,18 +42,28 @@ class Critic(NamedTuple):
     ]
 
 
+class Memory(NamedTuple):
+    """What an objective carries from step to step: its beginning, and (memory, prepared, per-sample metrics) -> memory
+    after each step."""
+
+    initial: Any
+    update: Callable[[Any, Batch, Metrics], Any]
+
+
 class Objective(NamedTuple):
     """What is minimised, in two parts, so that a batch can be computed in pieces with the same draws.
 
-    `prepare(batch, key)` makes all random draws and returns arrays with the batch axis first; `loss(params, prepared,
-    dropout_key, frozen)` returns per-sample losses [B] and per-sample metrics; its key is None in evaluation: no
-    dropout. `frozen` are parameters of other networks that it uses. With a `critic`, training takes its gradient.
+    `prepare(batch, key, memory)` makes all random draws and returns arrays with the batch axis first; the memory is ()
+    in evaluation, and where there is none. `loss(params, prepared, dropout_key, frozen)` returns per-sample losses [B]
+    and per-sample metrics; its key is None in evaluation: no dropout. `frozen` are parameters of other networks that it
+    uses. With a `critic`, training takes its gradient.
     """
 
-    prepare: Callable[[Batch, PRNGKeyArray], Batch]
+    prepare: Callable[..., Batch]
     loss: Callable[[Params, Batch, PRNGKeyArray | None, Any], tuple[Float[Array, " batch"], Metrics]]
     frozen: Any = ()
     critic: Critic | None = None
+    memory: Memory | None = None
 
 
 def init_state(
@@ -61,20 +72,27 @@ def init_state(
     seed: int,
     mesh: Mesh,
     critic: Critic | None = None,
+    memory: Memory | None = None,
 ) -> TrainState:
     """State of step 0, on all devices."""
 
     def create(key: PRNGKeyArray) -> TrainState:
-        return new_state(init(key), optimizer, key, critic)
+        return new_state(init(key), optimizer, key, critic, memory)
 
     return jax.jit(create, out_shardings=replicated(mesh))(named_key(seed, "init"))
 
 
 def new_state(
-    params: Params, optimizer: optax.GradientTransformation, key: PRNGKeyArray, critic: Critic | None = None
+    params: Params,
+    optimizer: optax.GradientTransformation,
+    key: PRNGKeyArray,
+    critic: Critic | None = None,
+    memory: Memory | None = None,
 ) -> TrainState:
     """State of step 0 with these parameters, the average equal to them; `key` is for the critic's."""
     state = TrainState(jnp.zeros((), jnp.int32), params, jax.tree.map(jnp.copy, params), optimizer.init(params))
+    if memory:
+        state = state._replace(memory=memory.initial)
     if critic:
         inner = critic.init(jax.random.fold_in(key, 1))
         state = state._replace(critic=inner, critic_opt_state=optimizer.init(inner))
@@ -99,40 +117,46 @@ def make_train_step(
     """
     root, dropout_root = named_key(seed, "train"), named_key(seed, "dropout")
 
-    def mean_loss(params: Params, inputs: Batch, key: PRNGKeyArray, frozen: Any) -> tuple[Array, dict[str, Array]]:
+    # Beside gradients and mean metrics, what an objective with a memory has to see of each sample.
+    Gradient = tuple[Any, dict[str, Array], Any]
+
+    def mean_loss(params: Params, inputs: Batch, key: PRNGKeyArray, frozen: Any) -> tuple[Array, Any]:
         loss, metrics = objective.loss(params, inputs, key, frozen)
-        metrics = {"loss": loss, **metrics}
-        return loss.mean(), {name: value.mean() for name, value in metrics.items()}
+        means = {name: value.mean() for name, value in {"loss": loss, **metrics}.items()}
+        return loss.mean(), (means, metrics if objective.memory else ())
 
-    def gradient(state: TrainState, inputs: Batch, key: PRNGKeyArray, frozen: Any) -> tuple[Any, dict[str, Array]]:
+    def gradient(state: TrainState, inputs: Batch, key: PRNGKeyArray, frozen: Any) -> Gradient:
         if objective.critic:
-            return objective.critic.gradient(state.params, state.critic, inputs, state.step, frozen)
-        grads, metrics = jax.grad(mean_loss, has_aux=True)(state.params, inputs, key, frozen)
-        return (grads, ()), metrics
+            return *objective.critic.gradient(state.params, state.critic, inputs, state.step, frozen), ()
+        grads, (metrics, seen) = jax.grad(mean_loss, has_aux=True)(state.params, inputs, key, frozen)
+        return (grads, ()), metrics, seen
 
-    def accumulated(state: TrainState, inputs: Batch, key: PRNGKeyArray, frozen: Any) -> tuple[Any, dict[str, Array]]:
+    def accumulated(state: TrainState, inputs: Batch, key: PRNGKeyArray, frozen: Any) -> Gradient:
         # Part i takes rows i, i + A, i + 2A, ...: each device cuts its own rows, nothing moves between them.
         parts = jax.tree.map(lambda x: x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1), inputs)
 
-        def add(total: Any, part: tuple[Array, Batch]) -> tuple[Any, None]:
+        def add(total: Any, part: tuple[Array, Batch]) -> tuple[Any, Any]:
             index, piece = part
-            one = gradient(state, piece, jax.random.fold_in(key, index), frozen)
-            return jax.tree.map(lambda a, b: a + b / accumulate, total, one), None
+            *one, seen = gradient(state, piece, jax.random.fold_in(key, index), frozen)
+            return jax.tree.map(lambda a, b: a + b / accumulate, total, one), seen
 
         piece = jax.tree.map(lambda x: x[0], parts)
-        shapes = jax.eval_shape(gradient, state, piece, key, frozen)
+        *shapes, _ = jax.eval_shape(gradient, state, piece, key, frozen)
         zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-        return jax.lax.scan(add, zeros, (jnp.arange(accumulate), parts))[0]
+        (grads, metrics), seen = jax.lax.scan(add, zeros, (jnp.arange(accumulate), parts))
+        return grads, metrics, jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), seen)
 
     def step(state: TrainState, batch: Batch, frozen: Any) -> tuple[TrainState, dict[str, Array]]:
-        inputs = objective.prepare(batch, jax.random.fold_in(root, state.step))
+        inputs = objective.prepare(batch, jax.random.fold_in(root, state.step), state.memory)
         key = jax.random.fold_in(dropout_root, state.step)
-        (grads, critic_grads), metrics = (accumulated if accumulate > 1 else gradient)(state, inputs, key, frozen)
+        (grads, critic_grads), metrics, seen = (accumulated if accumulate > 1 else gradient)(state, inputs, key, frozen)
         metrics |= {"lr": jnp.asarray(schedule(state.step)), "grad_norm": optax.tree.norm(grads)}
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         ema = ema_update(state.ema, params, state.step, ema_decay)
         state = state._replace(step=state.step + 1, params=params, ema=ema, opt_state=opt_state)
+        if objective.memory:
+            state = state._replace(memory=objective.memory.update(state.memory, inputs, seen))
         if objective.critic:
             updates, opt_state = optimizer.update(critic_grads, state.critic_opt_state, state.critic)
             state = state._replace(critic=optax.apply_updates(state.critic, updates), critic_opt_state=opt_state)

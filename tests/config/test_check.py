@@ -45,8 +45,24 @@ WRONG = [
     ("ddpm", "diffusion.num_steps", 1, "at least 2"),
     ("ddpm", "diffusion.beta_start", 0.5, "beta_end"),
     ("ddpm", "diffusion.label_dropout", 1.0, "in [0, 1)"),
+    ("ddpm", "diffusion.prediction", "epsilon", "eps, x0, v, flow, edm"),
+    ("ddpm", "diffusion.sigma_data", 0.0, "positive"),
+    ("ddpm", "diffusion.noise_shift", 0.0, "positive"),
+    ("ddpm", "diffusion.loss", "hybird", "did you mean 'hybrid'"),
+    ("ddpm", "diffusion.loss", "hybrid", "mse with model.learned_variance = False"),
+    ("ddpm", "model.learned_variance", True, None),
+    ("ddpm", "diffusion.weighting", "minsnr", "did you mean 'min_snr'"),
+    ("ddpm", "diffusion.weighting", "edm", "simple with diffusion.prediction = 'eps'"),
+    ("ddpm", "diffusion.weighting_gamma", 5.0, "0 with diffusion.weighting = 'simple'"),
+    ("ddpm", "diffusion.time_sampling", "lognormal", "uniform or importance with diffusion.schedule = 'linear'"),
+    ("ddpm", "diffusion.time_sampling", "importance", "uniform with diffusion.loss = 'mse'"),
+    ("ddpm", "diffusion.time_normal", (0.0, 1.0), "empty, or with diffusion.time_sampling lognormal"),
+    ("ddpm", "sample.sigmas", (80.0, 0.002, 7.0), "(smallest, largest, rho)"),
+    ("ddpm", "sample.churn", (1.0, 2.0), "(amount,) or (amount, S_min, S_max, S_noise)"),
+    ("ddpm", "sample.churn", (1.0,), "empty, but with diffusion.schedule = 'edm'"),
+    ("ddpm", "eval.nll", -1, "at least 0"),
     ("ddpm", "sample.sampler", "dim", "did you mean 'ddim'"),
-    ("ddpm", "sample.spacing", "even", "leading, trailing"),
+    ("ddpm", "sample.spacing", "even", "one of leading, trailing"),
     ("ddpm", "sample.steps", 1001, "1..1000"),
     ("ddpm", "sample.eta", 1.5, "in [0, 1]"),
     ("ddpm", "sample.guidance", -0.5, "at least 0"),
@@ -132,7 +148,9 @@ def test_imagenet100_is_the_mission_s_recipe(experiment):
     recipe = {field: config[field] for field in ("lr", "weight_decay", "clip_norm", "epochs", "steps", "warmup_steps")}
     assert recipe == dict(lr=1e-4, weight_decay=1e-4, clip_norm=1.0, epochs=50.0, steps=0, warmup_steps=0)
     diffusion = dict(schedule="linear", num_steps=1000, beta_start=2e-4, beta_end=0.02, label_dropout=0.1)
-    assert config.diffusion.to_dict() == {**diffusion, "scaling_factor": 0.0}
+    diffusion |= dict(prediction="eps", loss="mse", weighting="simple", time_sampling="uniform", stratified=False)
+    diffusion |= dict(noise_shift=1.0, zero_terminal_snr=False, scaling_factor=0.0)
+    assert {name: config.diffusion[name] for name in diffusion} == diffusion
     assert config.data.image_size == 128
 
 
@@ -162,6 +180,55 @@ def test_contradicting_sampler_settings():
     config.diffusion.label_dropout = 0.0
     with pytest.raises(ConfigError, match=r"config.sample.guidance = 2.0: must be 0 with diffusion.label_dropout = 0"):
         check.validate(config, 8)
+
+
+EDM = {
+    "diffusion.schedule": "edm",
+    "diffusion.prediction": "edm",
+    "diffusion.time_sampling": "lognormal",
+    "sample.spacing": "karras",
+    "sample.sampler": "heun",
+}
+FLOW = {
+    "diffusion.schedule": "flow",
+    "diffusion.prediction": "flow",
+    "sample.spacing": "even",
+    "sample.sampler": "euler",
+}
+ZERO = {"diffusion.zero_terminal_snr": True, "diffusion.prediction": "v", "sample.spacing": "trailing"}
+LEARNED = {"model.learned_variance": True, "diffusion.loss": "hybrid"}
+
+
+@pytest.mark.parametrize(
+    ("possible", "change", "words"),
+    [
+        (ZERO, {"diffusion.prediction": "eps"}, "prediction = 'eps': .* with diffusion.zero_terminal_snr"),
+        (ZERO, {"sample.spacing": "leading"}, "spacing = 'leading': .*trailing.* with diffusion.zero_terminal_snr"),
+        (LEARNED, {"diffusion.loss": "mse"}, "loss = 'mse': must be hybrid or vlb with model.learned_variance = True"),
+        (LEARNED, {"diffusion.weighting": "min_snr"}, "weighting = 'min_snr': .*simple with diffusion.loss = 'hybrid'"),
+        (LEARNED, {"diffusion.time_sampling": "importance"}, "'importance': must be uniform with .*loss = 'hybrid'"),
+        (LEARNED, {"sample.sampler": "dpmpp_2m", "sample.spacing": "linspace"}, "'linspace': .*sampler = 'dpmpp_2m'"),
+        (EDM, {"sample.spacing": "leading"}, "spacing = 'leading': must be karras with diffusion.schedule = 'edm'"),
+        (EDM, {"diffusion.noise_shift": 2.0}, "noise_shift = 2.0: must be 1 with diffusion.schedule = 'edm'"),
+        (EDM, {"diffusion.time_sampling": "uniform"}, "'uniform': must be lognormal with diffusion.schedule = 'edm'"),
+        (EDM, {"diffusion.zero_terminal_snr": True}, "zero_terminal_snr = True: must be False with .* 'edm'"),
+        (EDM, {"sample.sampler": "unipc", "sample.churn": (1.0,)}, "churn = .* sample.sampler euler or heun"),
+        (EDM, LEARNED, "diffusion.loss = 'hybrid': must be mse with diffusion.schedule = 'edm'"),
+        (EDM, {"diffusion.weighting": "min_snr"}, "'min_snr': must be simple with .*prediction = 'edm'; .*eps, x0, v"),
+        (EDM, {"eval.nll": 5}, "eval.nll = 5: must be 0 with diffusion.schedule = 'edm'"),
+        (FLOW, {"diffusion.prediction": "eps"}, "prediction = 'eps': must be x0, v, flow or edm with .*'flow'"),
+        (FLOW, {"diffusion.time_sampling": "importance"}, "'importance': must be uniform or logit_normal"),
+        (FLOW, {"sample.guidance": 1.0, "sample.guidance_interval": (0.0, 1.5)}, r"interval = .* in 0\.\.1"),
+    ],
+)
+def test_techniques_that_contradict_each_other(possible, change, words):
+    config = config_of("ddpm")
+    config.update_from_flattened_dict(possible)
+    check.validate(config, 8)
+    config.update_from_flattened_dict(change)
+    with pytest.raises(ConfigError, match=words) as error:
+        check.validate(config, 8)
+    assert "\n" not in str(error.value)
 
 
 def test_several_weights_of_guidance():

@@ -40,15 +40,21 @@ def test_extract_at_both_ends():
     np.testing.assert_array_equal(df.extract(table, jnp.array([0, 999]), 3), np.float32(table[[0, 999]])[:, None, None])
 
 
-def test_predictions_invert_each_other():
+@pytest.mark.parametrize("name", df.PREDICTIONS)
+def test_predictions_give_image_and_noise_back(name):
     x0, eps, t = normal(0, 4, 3, 3, 2), normal(1, 4, 3, 3, 2), jnp.array([0, 10, 500, 999])
     x_t = df.q_sample(SCHEDULE, x0, t, eps)
-    np.testing.assert_allclose(df.predict_x0_from_eps(SCHEDULE, x_t, t, eps), x0, atol=1e-4)
-    np.testing.assert_allclose(df.predict_eps_from_x0(SCHEDULE, x_t, t, x0), eps, atol=1e-4)
+    a, s = SCHEDULE.levels(t, 4)
+    target = df.PREDICTIONS[name].target(a, s, 0.5)
+    predicted = df.to_target(target, x0, eps)
+    np.testing.assert_allclose(df.to_x0(target, a, s, x_t, predicted), x0, atol=1e-4)
+    np.testing.assert_allclose(df.to_eps(target, a, s, x_t, predicted), eps, atol=1e-4)
 
 
-def test_simple_loss_is_per_sample():
-    loss = df.simple_loss(jnp.ones((2, 4, 4, 1)) * jnp.array([1.0, 3.0])[:, None, None, None], jnp.zeros((2, 4, 4, 1)))
+def test_squared_error_is_per_sample():
+    loss = df.squared_error(
+        jnp.ones((2, 4, 4, 1)) * jnp.array([1.0, 3.0])[:, None, None, None], jnp.zeros((2, 4, 4, 1))
+    )
     np.testing.assert_allclose(loss, [1, 9])
 
 
@@ -135,6 +141,12 @@ def test_outside_its_interval_guidance_is_not_computed():
 @pytest.mark.parametrize("spacing", df.SPACINGS)
 @pytest.mark.parametrize("steps", [1, 2, 50, 300, 999, 1000])
 def test_spacings_descend_to_the_clean_end(spacing, steps):
+    if (spacing, steps) == ("dpm", 1000):
+        with pytest.raises(
+            ConfigError, match="sample.steps = 1000: must be less than 1000 with sample.spacing = 'dpm'"
+        ):
+            df.timestep_pairs(spacing, 1000, steps)
+        return
     t, t_prev = df.timestep_pairs(spacing, 1000, steps)
     assert len(t) == len(t_prev) == steps
     assert (np.diff(t) < 0).all() and t.min() >= 0 and t.max() <= 999
@@ -216,7 +228,7 @@ def test_samplers_recover_a_gaussian_from_its_exact_denoiser(sampler, spacing, e
 
     keys = df.sample_keys(KEY, jnp.arange(64))
     plan = df.make_plan(SCHEDULE, sampler, steps=steps, spacing=spacing, eta=eta)
-    x = np.asarray(df.sample(model, plan, df.initial_noise(keys, (512,)), keys, clip=False))
+    x = np.asarray(df.sample(model, plan, df.initial_noise(keys, (256,)), keys, clip=False))
     assert abs(x.mean() - mean) < 0.005 and abs(x.std() / std - 1) < 0.025
 
 

@@ -11,7 +11,7 @@ from safetensors.numpy import load_file, save_file
 
 from configs import ddpm
 from jaxdiff import diffusion, startup
-from jaxdiff.build import build_autoencoder, build_network, build_schedule
+from jaxdiff.build import build_autoencoder, build_network, build_process
 from jaxdiff.data.latents import Whitening
 from jaxdiff.errors import ConfigError
 from jaxdiff.interop import adm
@@ -213,6 +213,12 @@ def test_what_diffusers_cannot_express(tmp_path, fields, words):
     config.sample.update(sampler="ddpm_large", spacing="trailing")
     with pytest.raises(ConfigError, match="config.sample.spacing = 'trailing': must be one of leading, adm to export"):
         save_pipeline(config, UNet(3, **FIELDS), {}, (16, 16, 3), tmp_path / "out")
+    config.sample.update(sampler="ddim", spacing="leading")
+    for field, value in (("schedule", "flow"), ("prediction", "edm"), ("noise_shift", 2.0)):
+        config = ddpm.get_config("digits")
+        config.diffusion[field] = value
+        with pytest.raises(ConfigError, match=f"config.diffusion.{field} = {value!r}: must be .* to export"):
+            save_pipeline(config, UNet(3, **FIELDS), {}, (16, 16, 3), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -221,22 +227,26 @@ def test_schedulers_take_the_steps_that_ours_take(sampler, spacing, written):
     """diffusers' steps, recorded for the scheduler_config.json that is written."""
     golden, name = np.load(SCHEDULER_PATH), f"{sampler}/{spacing}"
     assert written == json.loads(str(golden[f"{name}/config"]))
-    schedule = build_schedule(ddpm.get_config("digits"))
-    plan = diffusion.make_plan(schedule, sampler, steps=SCHEDULER_STEPS, spacing=spacing)
-    assert plan.timesteps[:SCHEDULER_STEPS].tolist() == golden[f"{name}/timesteps"].tolist()
-    step = jax.jit(lambda row: diffusion.denoise_step(row, *(golden[key] for key in ("x", "eps", "z")), clip=True)[0])
+    process = build_process(ddpm.get_config("digits"))
+    plan = diffusion.make_plan(process, sampler, steps=SCHEDULER_STEPS, spacing=spacing)
+    assert plan.rows.time[:SCHEDULER_STEPS].tolist() == golden[f"{name}/timesteps"].tolist()
+    state = diffusion.begin(golden["x"])
+    step = jax.jit(lambda row: diffusion.denoise_step(row, state, golden["eps"], golden["z"], clip=True)[0].x)
     steps = [step(diffusion.plan_row(plan, np.int32(i), 4)) for i in range(SCHEDULER_STEPS)]
     np.testing.assert_allclose(steps, golden[f"{name}/steps"], atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("schedule", ["linear", "scaled_linear", "cosine"])
-def test_noise_schedules_come_back(tmp_path, schedule):
+@pytest.mark.parametrize(
+    ("schedule", "prediction", "zero"),
+    [("linear", "eps", False), ("scaled_linear", "v", True), ("cosine", "x0", False)],
+)
+def test_noise_schedules_come_back(tmp_path, schedule, prediction, zero):
     config = ddpm.get_config("digits")
-    config.diffusion.update(schedule=schedule, num_steps=500)
+    config.diffusion.update(schedule=schedule, num_steps=500, prediction=prediction, zero_terminal_snr=zero)
     written = scheduler_config(config)
     assert (written["beta_start"], written["beta_end"]) == (4e-4, 0.04)  # diffusers does not scale by 1000 / T
     (tmp_path / "scheduler_config.json").write_text(json.dumps(written))
-    names = ("schedule", "num_steps", "beta_start", "beta_end")
+    names = ("schedule", "num_steps", "beta_start", "beta_end", "prediction", "zero_terminal_snr")
     assert schedule_fields(tmp_path) == {f"diffusion.{name}": config.diffusion[name] for name in names}
     (tmp_path / "scheduler_config.json").write_text(json.dumps({**written, "prediction_type": "v_prediction"}))
     with pytest.raises(ConfigError, match="prediction_type = 'v_prediction'"):
@@ -350,17 +360,18 @@ PLAIN = dict(
 )
 
 
-def test_a_network_of_adm_is_sampled_but_not_trained(tiny, tmp_path):
+def test_a_network_of_adm_is_sampled_with_the_variance_it_learned(tiny, tmp_path):
     config = tiny("ddpm")
     config.data.image_size = 16
     startup.import_model(config, tmp_path / "run", pathlib.Path(shutil.copytree(ADM, tmp_path / "in")), {})
     assert config.model.learned_variance and not config.model.null_class and config.diffusion.label_dropout == 0
-    with pytest.raises(ConfigError, match="config.model.learned_variance = True: must be False in --mode=train"):
-        run_train(config, tmp_path / "run")
+    assert config.diffusion.loss == "hybrid"  # with which it can be trained on
     with pytest.raises(ConfigError, match="config.model.learned_variance = True: must be False to export"):
         startup.export_model(tmp_path / "run", tmp_path / "out", None, {"sample.sampler": "ddim"}, None)
     with pytest.raises(ConfigError, match="config.sample.guidance = 1.0: must be 0 with model.null_class = False"):
         startup.sample(tmp_path / "run", None, {"sample.guidance": 1.0}, None)
-    startup.sample(tmp_path / "run", None, {"sample.num": 2, "sample.batch_size": 2, "sample.steps": 1}, None)
-    (drawn,) = (tmp_path / "run" / "samples").glob("*.npz")
-    assert np.load(drawn)["arr_0"].shape == (2, 16, 16, 3)
+    settings = {"sample.num": 2, "sample.batch_size": 2, "sample.steps": 2, "sample.spacing": "trailing"}
+    for sampler in ("ddpm", "ddpm_large"):  # its own variance, and a fixed one
+        startup.sample(tmp_path / "run", None, settings | {"sample.sampler": sampler}, None)
+    one, other = (np.load(path)["arr_0"] for path in (tmp_path / "run" / "samples").glob("*.npz"))
+    assert one.shape == (2, 16, 16, 3) and (one != other).any()

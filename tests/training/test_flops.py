@@ -8,10 +8,10 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 from jaxdiff import mesh as meshes
-from jaxdiff.build import build_network, build_schedule
+from jaxdiff.build import build_network, build_process
 from jaxdiff.training import flops
 from jaxdiff.training.flops import count_flops, jaxpr_flops, least_step_time, matmul_peak, readable
-from jaxdiff.training.objectives import diffusion_objective
+from jaxdiff.training.objectives import Recipe, diffusion_objective
 from jaxdiff.training.step import init_state, make_train_step
 
 
@@ -153,7 +153,7 @@ def unet_steps(tiny):
     config = tiny("ddpm")
     config.model.update(channel_mult=(1,), attention_resolutions=(8,))
     unet, mesh, optimizer = build_network(config, 3, 10), meshes.make_mesh(), optax.adamw(1e-3)
-    objective = diffusion_objective(unet, build_schedule(config), label_dropout=0.1)
+    objective = diffusion_objective(unet, build_process(config), Recipe(label_dropout=0.1), null_label=10)
     x, label = array(16, 8, 8, 3), array(16, dtype=jnp.int32)
 
     def init(key):

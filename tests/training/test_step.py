@@ -13,7 +13,7 @@ from jaxdiff import mesh as meshes
 from jaxdiff.build import build_network
 from jaxdiff.diffusion import make_schedule
 from jaxdiff.keys import named_key
-from jaxdiff.training.objectives import diffusion_objective
+from jaxdiff.training.objectives import Recipe, diffusion_objective
 from jaxdiff.training.optimizer import lr_schedule, make_optimizer
 from jaxdiff.training.step import Objective, init_state, make_eval_step, make_train_step
 
@@ -139,7 +139,7 @@ def unet_run(tiny, devices, start=None):
     init = (lambda key: start) if start else (lambda key: unet.init(key, jnp.zeros((1, 8, 8, 3)), one, one))
     state = init_state(init, optimizer, SEED, mesh)
     start = jax.tree.map(np.asarray, state.params)
-    objective = diffusion_objective(unet, make_schedule("linear"), label_dropout=0.1)
+    objective = diffusion_objective(unet, make_schedule("linear"), Recipe(label_dropout=0.1), null_label=10)
     step = make_train_step(objective, optimizer, schedule, mesh, seed=SEED, ema_decay=0.99)
     metrics = []
     for k in range(3):
