@@ -98,7 +98,7 @@ class TestGuidedDiffusion:
         options = {"discrete": True, "variance": variance.lower()}
         bits = df.vlb_term(schedule, X0, x_t, T, pred_x0, fraction_of(variance), **options)
         np.testing.assert_allclose(bits[1:], ADM[f"{golden}/vb_bits_per_dim"][1:], rtol=1e-4)
-        # At t = 0 the reference takes differences of float32 numbers near 1, and what is lost there becomes 1e-12. So it
+        # At t = 0 the reference takes differences of float32 numbers near 1; what is lost there becomes 1e-12. So it
         # is as there in float32, and ours is as the same formula in float64.
         p = df.p_mean_variance(schedule, pred_x0, x_t, T, variance=variance.lower(), fraction=fraction_of(variance))
         mean, log_variance = (np.broadcast_to(np.asarray(x)[0], X0[0].shape) for x in (p.mean, p.log_variance))

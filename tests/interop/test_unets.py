@@ -248,8 +248,8 @@ def test_noise_schedules_come_back(tmp_path, schedule, prediction, zero):
     (tmp_path / "scheduler_config.json").write_text(json.dumps(written))
     names = ("schedule", "num_steps", "beta_start", "beta_end", "prediction", "zero_terminal_snr")
     assert schedule_fields(tmp_path) == {f"diffusion.{name}": config.diffusion[name] for name in names}
-    (tmp_path / "scheduler_config.json").write_text(json.dumps({**written, "prediction_type": "v_prediction"}))
-    with pytest.raises(ConfigError, match="prediction_type = 'v_prediction'"):
+    (tmp_path / "scheduler_config.json").write_text(json.dumps({**written, "prediction_type": "flow_prediction"}))
+    with pytest.raises(ConfigError, match="prediction_type = 'flow_prediction'"):
         schedule_fields(tmp_path)
 
 

@@ -25,7 +25,7 @@ def mesh_of(count):
     return jax.make_mesh((count,), ("data",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:count])
 
 
-def prepare(batch, key):
+def prepare(batch, key, memory=()):
     return {"x": batch["x"], "target": batch["x"].sum(-1) + jax.random.normal(key, batch["x"].shape[:1])}
 
 
