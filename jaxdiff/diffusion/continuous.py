@@ -1,6 +1,6 @@
 """Forward processes in continuous time, with the methods of `schedules.Schedule`: EDM's, and flow matching's."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -66,7 +66,7 @@ class Flow(NamedTuple):
 
     noise_shift: float = 1.0
 
-    def _shifted(self, t: Float[Array, "..."]) -> Float[Array, "..."]:
+    def _shifted(self, t: Any) -> Any:
         return self.noise_shift * t / (1 + (self.noise_shift - 1) * t)
 
     def levels(self, t: Times, ndim: int = 1) -> tuple[Levels, Levels]:

@@ -48,8 +48,7 @@ def denoise_step(
         `recompute_eps` is False (diffusers' default).
     Raises: ValueError where the output has another shape than x, such as a learned variance that is not split off.
     """
-    out = output if isinstance(output, Output) else None
-    f = out.prediction if out else output
+    f = output.prediction if isinstance(output, Output) else output
     x, c = state.x, row.rule
     if f.shape != x.shape:
         raise ValueError(f"the model's output {f.shape} must have the shape of x {x.shape}: split off other channels")
@@ -62,8 +61,8 @@ def denoise_step(
     k = c.correction
     x = k.x * x + k.base * state.base + k.now * x0 + k.last * state.last + k.before * state.before
     noise = c.noise
-    if out is not None:
-        fraction = learned_fraction(out.variance)
+    if isinstance(output, Output):
+        fraction = learned_fraction(output.variance)
         learned = jnp.exp(0.5 * (fraction * row.log_large + (1 - fraction) * row.log_small))
         noise = jnp.where((row.learned > 0) & (noise > 0), learned, noise)
     following = c.x * x + c.x0 * x0 + c.eps * eps + c.last * state.last + noise * z

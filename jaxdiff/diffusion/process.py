@@ -62,15 +62,15 @@ def p_mean_variance(
 ) -> Reverse:
     """p(x_{t-1} | x_t) of a prediction of x_0, which is clipped to [-1, 1] if `clip`.
 
-    Args: variance, "fixed_small" (the posterior's), "fixed_large" (beta, but the posterior's at t = 0), or
-      "learned_range": log variance fraction log(beta) + (1 - fraction) log(posterior variance), elementwise.
+    Args: variance, "fixed_small" (the posterior's) or "fixed_large" (beta, but the posterior's at t = 0). fraction:
+      where it is given, the log variance is fraction log(beta) + (1 - fraction) log(posterior variance), elementwise.
     Raises: KeyError for another variance. Source: Nichol & Dhariwal 2021 (arXiv 2102.09672), eq. 15.
     """
     if clip:
         pred_x0 = jnp.clip(pred_x0, min=-1, max=1)
     mean = q_posterior(schedule, pred_x0, x, t).mean
     small = extract(schedule.posterior_log_variance_clipped, t, x.ndim)
-    if variance == "learned_range":
+    if fraction is not None:
         log_variance = fraction * extract(np.log(schedule.betas), t, x.ndim) + (1 - fraction) * small
         return Reverse(mean, jnp.exp(log_variance), log_variance, pred_x0)
     tables = {

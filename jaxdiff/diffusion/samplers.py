@@ -93,8 +93,9 @@ def heun(path: Path, eta: float = 0.0) -> Rule:
 
     corrections = zip(first.correction, second.correction, strict=True)
     correction = Correction(*(interleave(one, two) for one, two in corrections))
-    pairs = zip(first[:-1], second[:-1], strict=True)
-    return Rule(*(interleave(one, two) for one, two in pairs), correction)
+    names = [name for name in Rule._fields if name != "correction"]
+    fields = {name: interleave(getattr(first, name), getattr(second, name)) for name in names}
+    return Rule(**fields, correction=correction)
 
 
 def _log_snr_steps(path: Path) -> tuple[Table, Table, Table]:

@@ -28,15 +28,15 @@ def lognormal(u: Unit, mean: float, std: float) -> Float[Array, " batch"]:
 
 
 class Distribution(NamedTuple):
-    """quantile: (u in (0, 1), mean, std) -> t. normal: the published mean and std; () where there are none."""
+    """quantile: (u in (0, 1), mean, std) -> t. normal: the published mean and std."""
 
     quantile: Callable[[Unit, float, float], Float[Array, " batch"]]
-    normal: tuple[float, ...] = ()
+    normal: tuple[float, float] = (0.0, 1.0)
 
 
 TIMES: Mapping[str, Distribution] = {
     "uniform": Distribution(uniform),
-    "logit_normal": Distribution(logit_normal, (0.0, 1.0)),
+    "logit_normal": Distribution(logit_normal),
     "lognormal": Distribution(lognormal, (-1.2, 1.2)),
 }
 
@@ -64,10 +64,10 @@ def sample_timesteps(
 
 
 class LossHistory(NamedTuple):
-    """The last losses of every timestep, in a ring: `count` of them were ever put there."""
+    """The last losses of every timestep, in a ring: so many as `seen` were ever put there."""
 
     losses: Float[Array, "T history"]
-    count: Int[Array, " T"]
+    seen: Int[Array, " T"]
 
 
 def new_history(num_steps: int) -> LossHistory:
@@ -83,10 +83,10 @@ def remember(history: LossHistory, t: Int[Array, " batch"], loss: Float[Array, "
     place = jnp.arange(batch)
     rank = place - jnp.searchsorted(ordered, ordered)  # how often the timestep stands before this one
     times = jnp.searchsorted(ordered, ordered, side="right") - jnp.searchsorted(ordered, ordered)
-    slot = (history.count[ordered] + rank) % HISTORY
+    slot = (history.seen[ordered] + rank) % HISTORY
     slot = jnp.where(rank >= times - HISTORY, slot, HISTORY)  # older than the last ones: out of bounds, dropped
     losses = history.losses.at[ordered, slot].set(loss[order].astype(jnp.float32), mode="drop")
-    return LossHistory(losses, history.count.at[t].add(1))
+    return LossHistory(losses, history.seen.at[t].add(1))
 
 
 def importance_probabilities(history: LossHistory) -> Float[Array, " T"]:
@@ -94,10 +94,10 @@ def importance_probabilities(history: LossHistory) -> Float[Array, " T"]:
 
     Source: Nichol & Dhariwal 2021 (arXiv 2102.09672), eq. 18.
     """
-    num_steps = len(history.count)
+    num_steps = len(history.seen)
     p = jnp.sqrt(jnp.square(history.losses).mean(axis=-1))
     p = (1 - UNIFORM_SHARE) * p / jnp.maximum(p.sum(), 1e-30) + UNIFORM_SHARE / num_steps
-    return jnp.where((history.count >= HISTORY).all(), p, jnp.full_like(p, 1 / num_steps))
+    return jnp.where((history.seen >= HISTORY).all(), p, jnp.full_like(p, 1 / num_steps))
 
 
 def sample_important(

@@ -63,14 +63,13 @@ def vlb_term(
 ) -> Float[Array, " batch"]:
     """L_t of the bound, in bits per dimension: KL(q(x_{t-1} | x_t, x_0) | p), and at t = 0 -log p(x_0 | x_1).
 
-    Args: variance, clip, of `p_mean_variance`; fraction, too: where there is one, the variance is "learned_range".
+    Args: variance, fraction, clip, of `p_mean_variance`.
       discrete: whether x_0 are 8-bit values; else, as for latents, the KL stands at t = 0 too, with the posterior's
       clipped variance.
     Source: Ho et al. 2020, eq. 5.
     """
-    variance = variance if fraction is None else "learned_range"
-    p = p_mean_variance(schedule, pred_x0, x, t, variance=variance, fraction=fraction, clip=clip)
-    p = Gaussian(p.mean, p.variance, p.log_variance)
+    reverse = p_mean_variance(schedule, pred_x0, x, t, variance=variance, fraction=fraction, clip=clip)
+    p = Gaussian(reverse.mean, reverse.variance, reverse.log_variance)
     kl = _bits_per_dim(normal_kl(q_posterior(schedule, x0, x, t), p))
     if not discrete:
         return kl

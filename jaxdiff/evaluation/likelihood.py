@@ -27,6 +27,7 @@ def likelihood_record(
     and the bound says how well latents are modelled, not images. Args: settings, the fields `sample`: seed, batch_size,
     and clip, of predictions of x_0 in pixels; protocol, what the parameters are.
     """
+    assert isinstance(generator.process, diffusion.Schedule)
     mesh, watch = generator.mesh, Stopwatch()
     run = jax.jit(functools.partial(_bound, generator, clip=settings.clip))
     num = min(num, len(val))
@@ -69,6 +70,7 @@ def _bound(
     generator: Generator, params: Any, decoder: Any, key: Array, rows: dict[str, Array], *, clip: bool
 ) -> diffusion.Likelihood:
     d, process = generator.config.diffusion, generator.process
+    assert isinstance(process, diffusion.Schedule)
     keys = diffusion.sample_keys(key, rows["index"])
     x0 = images.to_unit(rows["image"])
     if generator.decoder is not None:

@@ -48,7 +48,7 @@ def build_recipe(config: ConfigDict) -> Recipe:
     """How `config.diffusion` trains a diffusion model."""
     d = config.diffusion
     published = WEIGHTINGS[d.weighting].gamma
-    normal = TIMES[d.time_sampling].normal if d.time_sampling in TIMES else ()
+    mean, std = tuple(d.time_normal) or (TIMES[d.time_sampling].normal if d.time_sampling in TIMES else (0.0, 1.0))
     return Recipe(
         label_dropout=d.label_dropout,
         prediction=d.prediction,
@@ -57,7 +57,7 @@ def build_recipe(config: ConfigDict) -> Recipe:
         weighting=d.weighting,
         gamma=d.weighting_gamma or (d.sigma_data if published is None else published),
         time_sampling=d.time_sampling,
-        time_normal=tuple(d.time_normal) or normal or (0.0, 1.0),
+        time_normal=(mean, std),
         stratified=d.stratified,
     )
 

@@ -187,8 +187,8 @@ def run_import(config: ConfigDict, workdir: pathlib.Path, params: Any, train: So
     else:
         experiment, _ = diffusion_stage(config, workdir, train, val, mesh)
     optimizer, _ = recipe_optimizer(config, total_steps(config, len(train)))
-    inner = {"critic": experiment.objective.critic, "memory": experiment.objective.memory}
-    create = functools.partial(new_state, optimizer=optimizer, **inner)
+    inner = experiment.objective
+    create = functools.partial(new_state, optimizer=optimizer, critic=inner.critic, memory=inner.memory)
     key = named_key(config.seed, "init")
     state = jax.jit(create, out_shardings=meshes.replicated(mesh))(meshes.put_replicated(params, mesh), key=key)
     checkpoints = Checkpoints(workdir, config.keep)

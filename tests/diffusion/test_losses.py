@@ -141,7 +141,7 @@ def test_memory_keeps_the_last_losses_of_every_timestep():
             expected[step].append(value)
     for step in range(4):
         assert sorted(np.asarray(history.losses[step]).tolist()) == sorted(float(v) for v in expected[step][-10:])
-    assert history.count.tolist() == [len(seen) for seen in expected]
+    assert history.seen.tolist() == [len(seen) for seen in expected]
     _, weight = df.sample_important(jax.random.key(0), 100, history)
     np.testing.assert_allclose(weight, 1, rtol=1e-5)  # a timestep was never seen
 
