@@ -36,7 +36,11 @@ FLOW: Fields = {
 
 def _global(config: ConfigDict) -> Fields:
     """Attention also at twice the highest resolution that has it, by parts where cuDNN's kernel does not apply."""
-    heights = config.model.attention_resolutions
+    heights, size = config.model.attention_resolutions, config.data.image_size
+    if "autoencoder" in config:
+        size //= 2 ** (len(config.autoencoder.channel_mult) - 1)
+    if max(heights) >= size:
+        raise ConfigError(f"{config.name} has attention at all its resolutions: there is no higher one than {size}")
     return {"model.attention_resolutions": (2 * max(heights), *heights), "model.attention_chunk": 256}
 
 
@@ -46,8 +50,12 @@ def _across(config: ConfigDict) -> Fields:
 
 
 def _combined(config: ConfigDict) -> Fields:
-    """The study's: schedule, learned variance and attention."""
-    return {**COSINE, **LEARNED, **_global(config), **_across(config)}
+    """The study's: schedule, learned variance and attention, of which small latents have all there is."""
+    try:
+        attention = {**_global(config), **_across(config)}
+    except ConfigError:
+        attention = _across(config)
+    return {**COSINE, **LEARNED, **attention}
 
 
 ABLATIONS: dict[str, Fields | Callable[[ConfigDict], Fields]] = {

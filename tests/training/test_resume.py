@@ -24,6 +24,10 @@ def config_of(tiny):
     config.update(steps=STEPS, log_every=3, checkpoint_every=8, sample_every=0, batch_size=80, accumulate=2)
     config.data.flip = True
     config.eval.scores = ()
+    # With a memory of the losses, which fills within the run.
+    config.model.learned_variance = True
+    config.diffusion.update(loss="vlb", time_sampling="importance", num_steps=8, beta_start=1e-4, beta_end=5e-3)
+    config.sample.update(sampler="ddpm", spacing="trailing")
     return config
 
 
@@ -57,6 +61,7 @@ def assert_same(workdir, whole):
     (step, mine, meta), (last, reference, meta_reference) = leaves(workdir), leaves(whole)
     assert step == last == STEPS and meta == meta_reference
     assert mine.keys() == reference.keys() and len(mine) > 50
+    assert any("memory" in name for name in mine)
     for name, value in reference.items():
         assert value.tobytes() == mine[name].tobytes(), name
     assert records(workdir) == records(whole)
