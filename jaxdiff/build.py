@@ -50,6 +50,10 @@ def build_network(config: ConfigDict, channels: int, num_classes: int) -> UNet:
         norm_groups=m.norm_groups,
         norm_eps=m.norm_eps,
         freq_shift=m.freq_shift,
+        cross_resolution=tuple(m.cross_resolution),
+        qk_norm=m.qk_norm,
+        attention_chunk=m.attention_chunk,
+        remat=m.remat,
         dtype=compute_dtype(config),
     )
 
