@@ -26,9 +26,9 @@ from jaxdiff.data import load_source
 from jaxdiff.evaluation.evaluate import Scorer, with_fields
 from jaxdiff.evaluation.judge import Judge
 from jaxdiff.evaluation.likelihood import likelihood_record
-from jaxdiff.evaluation.records import add_record, read_scores
-from jaxdiff.sampling import load_generator
-from jaxdiff.training.stages import run_train
+from jaxdiff.evaluation.records import add_record, read_scores, write_validation
+from jaxdiff.training.loop import fit
+from jaxdiff.training.stages import diffusion_stage
 
 SAMPLERS = {
     "edm": ("euler", "heun", "dpmpp_2m", "unipc"),
@@ -69,25 +69,25 @@ def compare(config: ConfigDict, folder: pathlib.Path, nll: int, mesh: Any) -> No
     """Train in `folder`, and put the records of all samplers there, and of the likelihood where there is one."""
     begin, kind = time.monotonic(), config.diffusion.schedule
     kind = kind if kind in SAMPLERS else "discrete"
-    if not read_scores(folder)["validation"]:
-        quick = ConfigDict(config.to_dict())  # what a run draws and scores at its end is done below, for all samplers
-        quick.eval.scores, quick.sample.num = (), 10
-        run_train(quick, folder)
-        files.write_json(folder / "seconds.json", {"training": time.monotonic() - begin})
     train, val = load_source(config.data, "train"), load_source(config.data, "val")
-    judge = Judge(config.eval, train, val, mesh)
-    generator, params, meta = load_generator(config, folder, mesh, None)
-    scorer = Scorer(config, folder, generator, judge, meta["class_names"])
+    files.claim_workdir(config, folder)
+    experiment, generator = diffusion_stage(config, folder, train, val, mesh)
+    result = fit(experiment, config, folder, mesh)  # restores what is finished
+    if not read_scores(folder)["validation"]:
+        write_validation(folder, result.validation)
+        files.write_json(folder / "seconds.json", {"training": time.monotonic() - begin})
+    params, step = result.state.ema, int(result.state.step)
+    scorer = Scorer(config, folder, generator, Judge(config.eval, train, val, mesh), train.class_names)
     if nll and kind == "discrete" and not any("bound" in r["protocol"] for r in read_scores(folder)["records"]):
-        protocol = {"weights": config.sample.weights, "seed": config.sample.seed, "step": meta["step"]}
+        protocol = {"weights": "ema", "seed": config.sample.seed, "step": step, "ema_decay": config.ema_decay}
         add_record(folder, likelihood_record(generator, params, config.sample, val, nll, protocol))
     for sampler in SAMPLERS[kind]:
         for evaluations in EVALUATIONS:
             steps = evaluations // 2 if sampler == "heun" else evaluations
             fields = {"sampler": sampler, "steps": steps, "spacing": SPACINGS[kind], "num": config.eval.num}
             settings = with_fields(config.sample, **fields)
-            if scorer.known(settings, meta["step"]) is None:
-                scorer(params, settings, meta["step"])
+            if scorer.known(settings, step) is None:
+                scorer(params, settings, step)
 
 
 def write_tables(workdir: pathlib.Path) -> str:
