@@ -20,7 +20,7 @@ def draws(*shapes):
 def randomised(model, *inputs):
     """Parameters without the zeros of the initialisation, which hide the blocks from the output."""
     leaves, tree = jax.tree.flatten(jax.eval_shape(model.init, KEY, *inputs))
-    return jax.tree.unflatten(tree, [0.1 * a for a in draws(*(leaf.shape for leaf in leaves))])
+    return jax.tree.unflatten(tree, [0.3 * a for a in draws(*(leaf.shape for leaf in leaves))])
 
 
 def temporary(compiled):
@@ -47,7 +47,7 @@ def test_chunks_take_the_memory_of_a_chunk():
         temporary(jax.jit(attended, static_argnums=0).lower(chunk, out, q, q, q).compile()) for chunk in (0, 32)
     )
     weights = 2 * 512**2 * 4
-    assert plain > weights and chunked < weights / 4
+    assert plain > 2 * weights and chunked < weights / 3
 
 
 def test_chunks_are_taken_where_they_save_memory():
@@ -61,11 +61,14 @@ def test_chunks_are_taken_where_they_save_memory():
 
 VARIANTS = {
     "plain": {},
-    "chunks": {"attention_chunk": 64},
-    "blocks": {"remat": "blocks"},
-    "dots": {"remat": "dots"},
+    "chunks": {"attention_chunk": 16},
+    "dots": {"attention_chunk": 16, "remat": "dots"},
+    "blocks": {"attention_chunk": 16, "remat": "blocks"},
 }
-GLOBAL = dict(channels=8, channel_mult=(1,), num_res_blocks=1, attention_resolutions=(32,), head_dim=8, dropout=0.5)
+GLOBAL = dict(channels=16, channel_mult=(1,), num_res_blocks=0, attention_resolutions=(32,), head_dim=16, dropout=0.5)
+GLOBAL |= {"mid_attention": False}
+# On a CPU XLA removes the barriers around what is computed again, and then computes it once; on a GPU it does not.
+AS_ON_GPU = {"xla_disable_hlo_passes": "cse_barrier_expander"}
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +76,7 @@ def programs():
     """Value and gradients of a UNet that attends over all 32 x 32 pixels: what they are, need and count, by variant."""
     x, target = draws((1, 32, 32, 3), (1, 32, 32, 3))
     t = jnp.array([500])
-    params = randomised(UNet(3, **GLOBAL), x, t)
+    params = randomised(UNet(3, **GLOBAL, remat="blocks"), x, t)  # which has the names of all
     found = {}
     for name, fields in VARIANTS.items():
         model = UNet(3, **GLOBAL, **fields)
@@ -82,22 +85,24 @@ def programs():
             return (target * model.apply(params, x, t, None, False, rngs={"dropout": KEY})).mean()
 
         traced = jax.jit(jax.value_and_grad(loss)).trace(params)
-        program = traced.lower().compile()
-        abstract = jax.eval_shape(model.init, KEY, x, t)
-        found[name] = abstract, program(params), temporary(program), jaxpr_flops(traced.jaxpr)
+        program = traced.lower().compile(AS_ON_GPU)
+        found[name] = program(params), temporary(program), jaxpr_flops(traced.jaxpr)
     return found
 
 
-@pytest.mark.parametrize("name", [name for name in VARIANTS if name != "plain"])
-def test_the_same_network_in_less_memory(programs, name):
+@pytest.mark.parametrize(
+    ("name", "other", "share"), [("chunks", "plain", 0.25), ("dots", "chunks", 0.6), ("blocks", "dots", 1)]
+)
+def test_the_same_network_in_less_memory(programs, name, other, share):
     """The same parameters, dropout, values, gradients and count of operations."""
-    (tree, plain, memory, count), (own_tree, values, own_memory, own_count) = programs["plain"], programs[name]
-    assert own_tree == tree and own_count == count
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-4), plain, values)
-    assert own_memory < memory / 2
+    (plain, _, count), (values, memory, own_count) = programs["plain"], programs[name]
+    assert own_count == count
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-7, rtol=1e-4), plain, values)
+    assert memory < share * programs[other][1]
 
 
-LEVELS = dict(channels=8, channel_mult=(1, 2), num_res_blocks=1, attention_resolutions=(), mid_attention=False)
+LEVELS = dict(channels=8, channel_mult=(1, 2), num_res_blocks=1, attention_resolutions=(), resblock_updown=False)
+LEVELS |= {"mid_attention": False}
 
 
 def test_attention_across_levels():
@@ -113,7 +118,7 @@ def test_attention_across_levels():
     def apply(params):
         return across.apply({"params": params}, x, t, capture_intermediates=True)
 
-    out, captured = apply(params)
+    out, captured = jax.tree.map(np.asarray, apply(params))
     seen = {name: values["__call__"][0] for name, values in captured["intermediates"].items() if name != "__call__"}
     pooled = seen["down0_res0"].reshape(2, 4, 2, 4, 2, 8).mean(axis=(2, 4)).reshape(2, 16, 8)
     for maps, level in ((pooled, "level0_tokens"), (seen["down1_res0"].reshape(2, 16, 16), "level1_tokens")):
@@ -141,7 +146,7 @@ def test_normalised_queries_and_keys():
         out, captured = block.apply({"params": params}, x, capture_intermediates=True)
         return out, [captured["intermediates"][name]["__call__"][0] for name in ("norm_q", "norm_k")]
 
-    out, normed = apply(params)
+    out, normed = jax.tree.map(np.asarray, apply(params))
     for name, values in zip(("norm_q", "norm_k"), normed, strict=True):
         np.testing.assert_allclose(((values / params[name]["scale"]) ** 2).mean(axis=-1), 1, rtol=1e-3)
     louder = params | {"qkv": jax.tree.map(lambda a: a * np.repeat([30, 30, 1], 16).astype(np.float32), params["qkv"])}
