@@ -148,7 +148,7 @@ def unet() -> ConfigDict:
             cross_resolution=(),  # feature-map heights at which the up path attends to pooled maps of all levels
             qk_norm=False,  # queries and keys normalised, for attention whose logits would grow (large lr, bfloat16)
             attention_chunk=0,  # queries at a time where cuDNN's attention does not apply, for less memory; 0 = all
-            remat="none",  # computed again for less memory: none, blocks (all inside), dots (but products with weights)
+            remat="none",  # recomputed for less GPU memory: none, blocks (all inside), dots (but products with weights)
         )
     )
 

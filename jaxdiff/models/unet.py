@@ -31,7 +31,8 @@ def keep_products(primitive: Any, *args: Any, **params: Any) -> bool:
     return primitive.name == "conv_general_dilated" or dots(primitive, *args, **params)
 
 
-# What is made of the class of a block, by the name of what the backward pass computes again.
+# What is made of the class of a block, by the name of what the backward pass computes again. On a CPU nothing is saved:
+# there XLA removes the barriers, and computes once what it then finds twice.
 REMAT: dict[str, Callable[..., Any]] = {
     "none": lambda block, **_: block,
     "blocks": nn.remat,  # all inside of residual and attention blocks
