@@ -279,6 +279,8 @@ def test_import_sample_train_and_export(tiny, tmp_path):
     run = tmp_path / "run"
     with pytest.raises(ConfigError, match=r"config.sample.guidance = 1.0: must be 0.0, as in .*in, or left out"):
         startup.import_model(config.copy_and_resolve_references(), run, source, {"sample.guidance": 1.0})
+    with pytest.raises(ConfigError, match="config.model.name = 'dit_s2': must be 'unet', as in .*in, or left out"):
+        startup.import_model(config.copy_and_resolve_references(), run, source, {"model.name": "dit_s2"})
     assert not run.exists()
     startup.import_model(config, run, source, {})
     assert config.diffusion.beta_start == 1e-4 and not config.model.conditional

@@ -1,0 +1,230 @@
+"""The DiT: published sizes, the forward pass against one in numpy, and its place where the UNet would be."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxdiff import startup
+from jaxdiff.build import build_network
+from jaxdiff.diffusion import make_schedule
+from jaxdiff.errors import ConfigError
+from jaxdiff.models import DiT, UNet
+from jaxdiff.models.dit import DITS, DiTBlock, stacked
+from jaxdiff.models.layers import count_params
+from jaxdiff.training.flops import count_flops
+from jaxdiff.training.objectives import diffusion_objective
+from jaxdiff.training.stages import run_train
+
+KEY = jax.random.key(0, impl="rbg")  # compiles faster than threefry
+SMALL = dict(patch=2, width=16, depth=2, num_heads=2)
+
+
+@pytest.mark.parametrize(
+    ("name", "count", "millions"),
+    [
+        ("dit_s2", 32_865_056, 33),
+        ("dit_b2", 130_315_808, 130),
+        ("dit_l2", 457_840_672, 458),
+        ("dit_xl2", 674_834_720, 675),
+    ],
+)
+def test_parameter_counts(name, count, millions):
+    """On latents of 32x32x4, with learnt variance and 1000 classes; the position embedding, which is counted with the
+    parameters there, is none here."""
+    model = DiT(8, **DITS[name], num_classes=1000)
+    x, t = jnp.zeros((1, 32, 32, 4)), jnp.zeros((1,), jnp.int32)
+    assert count_params(jax.eval_shape(model.init, KEY, x, t, t)) == count
+    assert (count + 16 * 16 * model.width) / 1e6 == pytest.approx(millions, abs=0.6)
+
+
+def random_params(model, *inputs):
+    """Without the zeros of the initialisation, which hide the inputs from the output."""
+    rng = np.random.default_rng(0)
+    shapes = jax.eval_shape(model.init, KEY, *inputs)
+    return jax.tree.map(lambda s: 0.2 * rng.standard_normal(s.shape).astype(np.float32), shapes)
+
+
+@pytest.fixture(scope="module")
+def small():
+    """Of another height than width, so that rows and columns are not mistaken for each other."""
+    model = DiT(6, **SMALL, num_classes=4, dropout=0.5)
+    x = np.random.default_rng(1).standard_normal((2, 4, 8, 3)).astype(np.float32)
+    inputs = x, jnp.array([3, 40]), jnp.array([0, 4])
+    return jax.jit(model.apply, static_argnums=4), random_params(model, *inputs), inputs
+
+
+def by_hand(params, x, t, y, patch, heads):
+    """The network in numpy and float64: sections 3.1 and 3.2 of the paper, a patch, a head and a block at a time."""
+    p = jax.tree.map(lambda a: np.asarray(a, np.float64), params["params"])
+
+    def dense(a, layer):
+        return a @ layer["kernel"] + layer["bias"]
+
+    def silu(a):
+        return a / (1 + np.exp(-a))
+
+    def gelu(a):
+        return 0.5 * a * (1 + np.tanh(np.sqrt(2 / np.pi) * (a + 0.044715 * a**3)))
+
+    def norm(a, shift, scale):
+        a = a - a.mean(-1, keepdims=True)
+        a = a / np.sqrt((a**2).mean(-1, keepdims=True) + 1e-6)
+        return a * (1 + scale[:, None]) + shift[:, None]
+
+    def attention(qkv, width):
+        size, out = width // heads, []
+        for k in range(heads):
+            q, k, v = (qkv[..., i * width + k * size : i * width + (k + 1) * size] for i in range(3))
+            weights = np.exp(q @ k.swapaxes(1, 2) / np.sqrt(size))
+            out.append(weights / weights.sum(-1, keepdims=True) @ v)
+        return np.concatenate(out, -1)
+
+    angles = np.outer(t, 10_000.0 ** (-np.arange(128) / 128))
+    emb = dense(np.concatenate([np.cos(angles), np.sin(angles)], 1), p["time_0"])
+    emb = silu(dense(silu(emb), p["time_1"]) + p["class_emb"]["embedding"][np.asarray(y)])
+
+    width = emb.shape[1]
+    freqs = 10_000.0 ** (-np.arange(width // 4) / (width // 4))
+    tokens, grid = [], [(r, c) for r in range(x.shape[1] // patch) for c in range(x.shape[2] // patch)]
+    for r, c in grid:
+        piece = x[:, r * patch : (r + 1) * patch, c * patch : (c + 1) * patch].reshape(len(x), -1)
+        place = np.concatenate([np.sin(c * freqs), np.cos(c * freqs), np.sin(r * freqs), np.cos(r * freqs)])
+        tokens.append(piece @ p["patch"]["kernel"].reshape(-1, width) + p["patch"]["bias"] + place)
+    h = np.stack(tokens, 1)
+
+    for i in range(len(p["blocks"]["qkv"]["bias"])):
+        block = jax.tree.map(lambda a: a[i], p["blocks"])  # noqa: B023
+        shift, scale, gate, shift2, scale2, gate2 = np.split(dense(emb, block["modulation"]), 6, axis=1)
+        a = attention(dense(norm(h, shift, scale), block["qkv"]), width)
+        h = h + gate[:, None] * dense(a, block["proj"])
+        a = gelu(dense(norm(h, shift2, scale2), block["mlp_in"]))
+        h = h + gate2[:, None] * dense(a, block["mlp_out"])
+
+    h = dense(norm(h, *np.split(dense(emb, p["modulation_out"]), 2, axis=1)), p["out"])
+    out = np.empty((*x.shape[:3], h.shape[-1] // patch**2))
+    for k, (r, c) in enumerate(grid):
+        pixels = h[:, k].reshape(len(x), patch, patch, -1)
+        out[:, r * patch : (r + 1) * patch, c * patch : (c + 1) * patch] = pixels
+    return out
+
+
+def test_computes_what_the_paper_says(small):
+    apply, params, inputs = small
+    out, expected = apply(params, *inputs), by_hand(params, *inputs, patch=2, heads=2)
+    assert out.shape == (2, 4, 8, 6) and out.dtype == jnp.float32
+    np.testing.assert_allclose(out, expected, atol=1e-5 * np.abs(expected).max())
+
+
+def test_uses_every_input(small):
+    apply, params, (x, t, y) = small
+    out = apply(params, x, t, y)
+    for changed in [(x * 0.5, t, y), (x, t + 50, y), (x, t, (y + 1) % 5), (x[:, :, ::-1], t, y)]:
+        assert (jnp.abs(apply(params, *changed) - out).max(axis=(1, 2, 3)) > 1e-3).all()
+    one = apply(params, x[:1].repeat(2, 0), t[:1].repeat(2), y[:1].repeat(2))
+    np.testing.assert_allclose(one[1], out[0], atol=1e-5)  # samples of a batch do not mix
+
+
+def test_bfloat16_stays_near_float32(small):
+    apply, params, inputs = small
+    half = DiT(6, **SMALL, num_classes=4, dtype=jnp.bfloat16)
+    out, exact = jax.jit(half.apply)(params, *inputs), apply(params, *inputs)
+    assert out.dtype == jnp.float32
+    error = jnp.linalg.norm(out - exact) / jnp.linalg.norm(exact)
+    assert 0 < error < 0.03
+
+
+def test_a_new_one_predicts_zero_and_its_blocks_are_not_alike():
+    model = DiT(3, **SMALL)
+    x, t = jnp.ones((1, 4, 4, 3)), jnp.ones((1,))
+    out, params = jax.jit(lambda key: (lambda p: (model.apply(p, x, t), p))(model.init(key, x, t)))(KEY)
+    assert (out == 0).all() and "class_emb" not in params["params"]
+    blocks = params["params"]["blocks"]
+    assert (blocks["modulation"]["kernel"] == 0).all()
+    for name in ("qkv", "proj", "mlp_in", "mlp_out"):
+        assert (blocks[name]["kernel"][0] != blocks[name]["kernel"][1]).all()
+
+
+def test_every_block_drops_other_numbers():
+    """Blocks that add 2 or, where that is dropped, 0: two with the same mask would never add 2 in all."""
+    c = 8
+    blocks = stacked(DiTBlock, 2)(1, jnp.float32, 0.5, False)
+    h, emb = jnp.zeros((1, 64, c)), jnp.zeros((1, c))
+    params = jax.tree.map(lambda s: np.zeros(s.shape, np.float32), jax.eval_shape(blocks.init, KEY, h, emb))
+    inner = params["params"]
+    inner["modulation"]["bias"][:, 5 * c :] = 1  # the gate of the perceptron
+    inner["mlp_in"]["bias"][:] = 10  # of which GELU is 10
+    inner["mlp_out"]["kernel"][:, :c] = np.eye(c) / 10
+    out, _ = blocks.apply(params, h, emb, rngs={"dropout": KEY})
+    assert np.unique(np.round(out, 3)).tolist() == [0, 2, 4]
+
+
+def test_operations_are_those_of_all_blocks_and_the_program_of_one():
+    batch, tokens, c, patch = 3, 16, 32, 4
+
+    def flops(depth):
+        model = DiT(8, patch, c, depth, 2, num_classes=10)
+        x, label = jnp.zeros((batch, 16, 16, 4)), jnp.zeros((batch,), jnp.int32)
+        params = jax.eval_shape(model.init, KEY, x, label, label)
+
+        def total(params):
+            return model.apply(params, x, label, label).sum()
+
+        lines = str(jax.make_jaxpr(total)(params)).count("\n")
+        return count_flops(total, params), count_flops(jax.value_and_grad(total), params), lines
+
+    for depth in (1, 5):
+        block = 6 * c**2 + tokens * (3 + 1 + 4 + 4) * c**2 + 2 * tokens**2 * c
+        ends = c**2 + 2 * c**2 + tokens * c * patch**2 * 8  # the second layer of the timestep, the last modulation, out
+        first = 256 * c + tokens * c * patch**2 * 4  # of which nobody asks for the gradient of the inputs
+        count, with_gradient, lines = flops(depth)
+        assert count == 2 * batch * (first + depth * block + ends)
+        assert with_gradient == 2 * batch * (2 * first + 3 * (depth * block + ends))
+    assert lines == flops(1)[2]
+
+
+def test_what_is_kept_for_the_backward_pass():
+    """In bfloat16, of every block: inputs of its seven products and of norms, gates and GELU, no more."""
+    tokens, c, depth = 16, 64, 3
+    model = DiT(3, 2, c, depth, 1, dtype=jnp.bfloat16)
+
+    def kept(batch):
+        x, t = jnp.zeros((batch, 8, 8, 3)), jnp.zeros((batch,))
+        params = jax.eval_shape(model.init, KEY, x, t)
+        _, pull = jax.eval_shape(lambda params: jax.vjp(lambda p: model.apply(p, x, t), params), params)
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(pull))
+
+    numbers = (kept(3) - kept(2)) / 2 / (depth * tokens * c)
+    assert numbers < 25
+
+
+def test_the_loss_reaches_every_parameter(small):
+    _, params, (x, t, y) = small
+    model = DiT(6, **SMALL, num_classes=4)
+    objective = diffusion_objective(model, make_schedule("linear"), label_dropout=0.1)
+    inputs = {"x_t": x, "t": t, "y": y, "eps": np.zeros((*x.shape[:3], 6), np.float32)}
+    gradient = jax.jit(jax.grad(lambda params: objective.loss(params, inputs, None, ())[0].mean()))(params)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(gradient):
+        rows = leaf if "blocks" in str(path) else leaf[None]
+        assert all((row != 0).any() for row in rows), path
+
+
+def test_in_place_of_the_unet(tiny, tmp_path, monkeypatch):
+    """Trained, sampled from, guided by an earlier checkpoint of its own, and not exported."""
+    monkeypatch.setitem(DITS, "dit_s2", SMALL)
+    config = tiny("ddpm")
+    assert isinstance(build_network(config, 3, 10), UNet)
+    config.model.update(name="dit_s2", dropout=0.1)
+    config.eval.scores = ()
+    config.update(steps=2, checkpoint_every=1)
+    model = build_network(config, 3, 10)
+    assert model == DiT(3, **SMALL, num_classes=10, dropout=0.1, dtype=model.dtype)
+    assert run_train(config, tmp_path / "run")["val_loss"] > 0
+    drawn = {"sample.num": 8, "sample.guidance": 1.0, "sample.steps": 1}
+    weak = {"sample.autoguidance": str(tmp_path / "run"), "sample.autoguidance_step": 1}
+    startup.sample(tmp_path / "run", None, drawn | weak, None)
+    (file,) = (tmp_path / "run" / "samples").glob("*-auto1-*.npz")
+    assert np.load(file)["arr_0"].shape == (8, 8, 8, 3)
+    with pytest.raises(ConfigError, match="config.model.name = 'dit_s2': must be 'unet' to export"):
+        startup.export_model(tmp_path / "run", tmp_path / "out", None, {}, None)
+    assert not (tmp_path / "out").exists()
