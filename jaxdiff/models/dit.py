@@ -17,7 +17,7 @@ WIDTHS = {"s": 384, "b": 768, "l": 1024, "xl": 1152}
 DEPTHS = {"s": 12, "b": 12, "l": 24, "xl": 28}
 HEADS = {"s": 6, "b": 12, "l": 16, "xl": 16}
 # The published sizes by the name of the config, such as dit_b2: size b, patches of 2x2.
-DITS: dict[str, dict[str, int]] = {
+DITS: dict[str, dict[str, Any]] = {
     f"dit_{s}{patch}": dict(patch=patch, width=WIDTHS[s], depth=DEPTHS[s], num_heads=HEADS[s])
     for s in WIDTHS
     for patch in (2, 4, 8)
@@ -96,7 +96,7 @@ class DiTBlock(nn.Module):
 
 def stacked(block: type[nn.Module], depth: int) -> Any:
     """So many blocks, one after the other on the same `emb`: parameters [depth, ...], each with draws of its own."""
-    rngs = {"params": True, "dropout": True}
+    rngs: dict[Any, bool] = {"params": True, "dropout": True}
     return nn.scan(block, variable_axes={"params": 0}, split_rngs=rngs, in_axes=nn.broadcast, length=depth)
 
 

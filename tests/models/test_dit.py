@@ -3,21 +3,25 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from jaxdiff import startup
 from jaxdiff.build import build_network
 from jaxdiff.diffusion import make_schedule
 from jaxdiff.errors import ConfigError
+from jaxdiff.mesh import put_batch
 from jaxdiff.models import DiT, UNet
 from jaxdiff.models.dit import DITS, DiTBlock, stacked
 from jaxdiff.models.layers import count_params
 from jaxdiff.training.flops import count_flops
 from jaxdiff.training.objectives import diffusion_objective
-from jaxdiff.training.stages import run_train
+from jaxdiff.training.step import init_state, make_train_step
+from tests.test_autoguidance import save
 
 KEY = jax.random.key(0, impl="rbg")  # compiles faster than threefry
 SMALL = dict(patch=2, width=16, depth=2, num_heads=2)
+MODEL = DiT(3, **SMALL, num_classes=4, dropout=0.5)
 
 
 @pytest.mark.parametrize(
@@ -48,10 +52,15 @@ def random_params(model, *inputs):
 @pytest.fixture(scope="module")
 def small():
     """Of another height than width, so that rows and columns are not mistaken for each other."""
-    model = DiT(6, **SMALL, num_classes=4, dropout=0.5)
     x = np.random.default_rng(1).standard_normal((2, 4, 8, 3)).astype(np.float32)
     inputs = x, jnp.array([3, 40]), jnp.array([0, 4])
-    return jax.jit(model.apply, static_argnums=4), random_params(model, *inputs), inputs
+    return jax.jit(MODEL.apply), random_params(MODEL, *inputs), inputs
+
+
+@pytest.fixture(scope="module")
+def new(small):
+    """Parameters as they are initialised."""
+    return jax.jit(MODEL.init)(KEY, *small[2])
 
 
 def by_hand(params, x, t, y, patch, heads):
@@ -112,7 +121,7 @@ def by_hand(params, x, t, y, patch, heads):
 def test_computes_what_the_paper_says(small):
     apply, params, inputs = small
     out, expected = apply(params, *inputs), by_hand(params, *inputs, patch=2, heads=2)
-    assert out.shape == (2, 4, 8, 6) and out.dtype == jnp.float32
+    assert out.shape == (2, 4, 8, 3) and out.dtype == jnp.float32
     np.testing.assert_allclose(out, expected, atol=1e-5 * np.abs(expected).max())
 
 
@@ -127,22 +136,22 @@ def test_uses_every_input(small):
 
 def test_bfloat16_stays_near_float32(small):
     apply, params, inputs = small
-    half = DiT(6, **SMALL, num_classes=4, dtype=jnp.bfloat16)
+    half = MODEL.clone(dtype=jnp.bfloat16)
     out, exact = jax.jit(half.apply)(params, *inputs), apply(params, *inputs)
     assert out.dtype == jnp.float32
     error = jnp.linalg.norm(out - exact) / jnp.linalg.norm(exact)
     assert 0 < error < 0.03
 
 
-def test_a_new_one_predicts_zero_and_its_blocks_are_not_alike():
-    model = DiT(3, **SMALL)
-    x, t = jnp.ones((1, 4, 4, 3)), jnp.ones((1,))
-    out, params = jax.jit(lambda key: (lambda p: (model.apply(p, x, t), p))(model.init(key, x, t)))(KEY)
-    assert (out == 0).all() and "class_emb" not in params["params"]
-    blocks = params["params"]["blocks"]
+def test_a_new_one_predicts_zero_and_its_blocks_are_not_alike(small, new):
+    apply, _, inputs = small
+    assert (apply(new, *inputs) == 0).all()
+    blocks = new["params"]["blocks"]
     assert (blocks["modulation"]["kernel"] == 0).all()
     for name in ("qkv", "proj", "mlp_in", "mlp_out"):
         assert (blocks[name]["kernel"][0] != blocks[name]["kernel"][1]).all()
+    unconditional = jax.eval_shape(DiT(3, **SMALL).init, KEY, *inputs[:2])["params"]
+    assert new["params"].keys() - unconditional.keys() == {"class_emb"}
 
 
 def test_every_block_drops_other_numbers():
@@ -198,33 +207,40 @@ def test_what_is_kept_for_the_backward_pass():
     assert numbers < 25
 
 
-def test_the_loss_reaches_every_parameter(small):
-    _, params, (x, t, y) = small
-    model = DiT(6, **SMALL, num_classes=4)
-    objective = diffusion_objective(model, make_schedule("linear"), label_dropout=0.1)
-    inputs = {"x_t": x, "t": t, "y": y, "eps": np.zeros((*x.shape[:3], 6), np.float32)}
-    gradient = jax.jit(jax.grad(lambda params: objective.loss(params, inputs, None, ())[0].mean()))(params)
-    for path, leaf in jax.tree_util.tree_leaves_with_path(gradient):
-        rows = leaf if "blocks" in str(path) else leaf[None]
-        assert all((row != 0).any() for row in rows), path
+def test_training_reaches_every_parameter(small, new):
+    """Within four steps: at first all but the last layer is behind zeros."""
+    optimizer = optax.adam(1e-2)
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:1])
+    objective = diffusion_objective(MODEL, make_schedule("linear"), label_dropout=0.1)
+    step = make_train_step(objective, optimizer, lambda n: 1e-2, mesh, seed=0, ema_decay=0.9)
+    state = init_state(lambda key: new, optimizer, 0, mesh)
+    rng = np.random.default_rng(0)
+    batch = {"image": rng.integers(0, 256, (8, 4, 8, 3), np.uint8), "label": np.arange(8, dtype=np.int32) % 4}
+    losses = []
+    for _ in range(4):
+        state, metrics = step(state, put_batch(batch, mesh), ())
+        losses.append(float(metrics["loss"]))
+    assert losses[-1] < losses[0]
+    for path, leaf in jax.tree_util.tree_leaves_with_path(state.opt_state[0].nu):
+        for part in leaf if "blocks" in str(path) else [leaf]:
+            assert (part > 0).any(), path
 
 
 def test_in_place_of_the_unet(tiny, tmp_path, monkeypatch):
-    """Trained, sampled from, guided by an earlier checkpoint of its own, and not exported."""
+    """Sampled from, guided by another checkpoint, and not exported."""
     monkeypatch.setitem(DITS, "dit_s2", SMALL)
     config = tiny("ddpm")
-    assert isinstance(build_network(config, 3, 10), UNet)
+    assert isinstance(build_network(config, 3, 4), UNet)
     config.model.update(name="dit_s2", dropout=0.1)
-    config.eval.scores = ()
-    config.update(steps=2, checkpoint_every=1)
-    model = build_network(config, 3, 10)
-    assert model == DiT(3, **SMALL, num_classes=10, dropout=0.1, dtype=model.dtype)
-    assert run_train(config, tmp_path / "run")["val_loss"] > 0
-    drawn = {"sample.num": 8, "sample.guidance": 1.0, "sample.steps": 1}
-    weak = {"sample.autoguidance": str(tmp_path / "run"), "sample.autoguidance_step": 1}
-    startup.sample(tmp_path / "run", None, drawn | weak, None)
-    (file,) = (tmp_path / "run" / "samples").glob("*-auto1-*.npz")
-    assert np.load(file)["arr_0"].shape == (8, 8, 8, 3)
+    model = build_network(config, 3, 4)
+    assert model == DiT(3, **SMALL, num_classes=4, dropout=0.1)
+    x, t = np.zeros((1, 8, 8, 3), np.float32), np.zeros(1, np.int32)
+    run, meta = tmp_path / "run", {"class_names": ["cat", "dog", "cow", "owl"], "shape": [8, 8, 3]}
+    save(config, run, random_params(model, x, t, t), meta, steps=(1, 2))
+    settings = {"num": 8, "guidance": 1.0, "steps": 1, "autoguidance": str(run), "autoguidance_step": 1}
+    startup.sample(run, None, {f"sample.{name}": value for name, value in settings.items()}, None)
+    (file,) = (run / "samples").glob("*-auto1-*.npz")
+    assert np.load(file)["arr_0"].std() > 10
     with pytest.raises(ConfigError, match="config.model.name = 'dit_s2': must be 'unet' to export"):
-        startup.export_model(tmp_path / "run", tmp_path / "out", None, {}, None)
+        startup.export_model(run, tmp_path / "out", None, {}, None)
     assert not (tmp_path / "out").exists()
