@@ -62,6 +62,10 @@ def _unet(m: ConfigDict, common: dict[str, Any]) -> UNet:
         norm_groups=m.norm_groups,
         norm_eps=m.norm_eps,
         freq_shift=m.freq_shift,
+        cross_resolution=tuple(m.cross_resolution),
+        qk_norm=m.qk_norm,
+        attention_chunk=m.attention_chunk,
+        remat=m.remat,
     )
 
 

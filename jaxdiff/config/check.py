@@ -18,6 +18,7 @@ from jaxdiff.evaluation.extractors import EXTRACTORS
 from jaxdiff.evaluation.scores import FEATURE_SCORES, SCORES
 from jaxdiff.models.discriminator import patches
 from jaxdiff.models.dit import DITS
+from jaxdiff.models.unet import REMAT
 
 EXPERIMENTS = ("ldm", "ddpm", "vae")
 
@@ -167,7 +168,8 @@ def _validate_network(config: ConfigDict, size: int, size_name: str) -> None:
 def _validate_unet(config: ConfigDict, size: int, size_name: str) -> None:
     m = config.model
     _at_least(config, 1, "model.channels", "model.num_res_blocks", "model.head_dim", "model.norm_groups")
-    _at_least(config, 0, "model.context_tokens", "model.num_heads")
+    _at_least(config, 0, "model.context_tokens", "model.num_heads", "model.attention_chunk")
+    _one_of(config, "model.remat", tuple(REMAT))
     tokens = m.conditional or m.context_tokens == 0
     require(tokens, "model.context_tokens", m.context_tokens, "0 with model.conditional = False")
     require(m.downsample_padding in (0, 1), "model.downsample_padding", m.downsample_padding, "0 or 1")
@@ -182,11 +184,12 @@ def _validate_unet(config: ConfigDict, size: int, size_name: str) -> None:
     for mult in m.channel_mult:
         allowed = f"such that every level has channels: model.channels = {m.channels}"
         require(m.channels * mult > 0.5, "model.channel_mult", m.channel_mult, allowed)
-    for r in m.attention_resolutions:
-        allowed = f"among the resolutions of the UNet, {', '.join(map(str, widths))}"
-        require(r in widths, "model.attention_resolutions", r, allowed)
+    for name in ("attention_resolutions", "cross_resolution"):
+        for r in m[name]:
+            allowed = f"among the resolutions of the UNet, {', '.join(map(str, widths))}"
+            require(r in widths, f"model.{name}", r, allowed)
     field = "num_heads" if m.num_heads else "head_dim"
-    for r in {*m.attention_resolutions} | ({min(widths)} if m.mid_attention else set()):
+    for r in {*m.attention_resolutions, *m.cross_resolution} | ({min(widths)} if m.mid_attention else set()):
         allowed = f"a divisor of the {widths[r]} channels at resolution {r}"
         require(widths[r] % m[field] == 0, f"model.{field}", m[field], allowed)
 

@@ -148,6 +148,10 @@ def unet() -> ConfigDict:
             norm_groups=32,  # of GroupNorm; fewer where they do not divide the channels
             norm_eps=1e-5,  # added to GroupNorm's variances
             freq_shift=0.0,  # frequencies of the timestep are 10000^(-i / (channels / 2 - freq_shift)); DDPM's code: 1
+            cross_resolution=(),  # feature-map heights at which the up path attends to pooled maps of all levels
+            qk_norm=False,  # queries and keys normalised, for attention whose logits would grow (large lr, bfloat16)
+            attention_chunk=0,  # queries at a time where cuDNN's attention does not apply, for less memory; 0 = all
+            remat="none",  # computed again for less memory: none, blocks (all inside), dots (but products with weights)
         )
     )
 

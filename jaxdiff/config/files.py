@@ -12,13 +12,16 @@ from jaxdiff.config.fields import number_or_several
 from jaxdiff.errors import ConfigError
 
 SAMPLE_FIELDS = ("sample",)  # groups that --mode=sample may change
-# Groups and fields that a resumed run may change as well: they bear on what is recorded, not on what is learnt.
+# Groups and fields that a resumed run may change as well: they bear on what is recorded, not on what is learnt, or on
+# the memory that it takes.
 FREE_DATA_FIELDS = ("path", "prepared", "max_rejected", "threads", "workers", "cache_gb")
 FREE_FIELDS = (
     *SAMPLE_FIELDS,
     "eval",
     "autoencoder.latents",
     "autoencoder.scores",
+    "model.attention_chunk",
+    "model.remat",
     *(f"data.{field}" for field in FREE_DATA_FIELDS),
 )
 EVALUATE_FIELDS = (
@@ -52,6 +55,10 @@ ADDED_FIELDS = {
     "model.norm_groups": 32,
     "model.norm_eps": 1e-5,
     "model.freq_shift": 0.0,
+    "model.cross_resolution": (),
+    "model.qk_norm": False,
+    "model.attention_chunk": 0,
+    "model.remat": "none",
     "diffusion.scaling_factor": 0.0,
     "sample.guidance_interval": (),
     "sample.guidance_rescale": 0.0,

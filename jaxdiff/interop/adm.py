@@ -11,7 +11,7 @@ import numpy as np
 from jaxdiff.errors import ConfigError
 from jaxdiff.interop.diffusers import require_fixed
 from jaxdiff.interop.tensors import Names, read_safetensors
-from jaxdiff.interop.unet2d import Foreign, class_fields
+from jaxdiff.interop.unet2d import OURS, Foreign, class_fields
 
 WEIGHTS = "model.safetensors"
 # What our network is, and ADM's own are; use_checkpoint and use_fp16 compute the same.
@@ -105,6 +105,7 @@ def read_unet(folder: pathlib.Path, shape: Sequence[int], num_classes: int) -> F
         "norm_eps": 1e-5,
         "freq_shift": 0.0,
         "learned_variance": config["out_channels"] > channels,
+        **OURS,
         **({"num_heads": heads} if head_dim == -1 else {"head_dim": head_dim, "num_heads": 0}),
     }
     tensors = read_safetensors(folder / WEIGHTS)

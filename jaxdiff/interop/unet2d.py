@@ -30,6 +30,8 @@ BLOCKS = {
     "ResnetUpsampleBlock2D": (False, True),
     "AttnUpBlock2D": (True, None),
 }
+# What no other project's UNet has: fields of our config, and the values without.
+OURS: dict[str, Any] = {"cross_resolution": (), "qk_norm": False}
 
 
 class Foreign(NamedTuple):
@@ -72,6 +74,7 @@ def unet_fields(config: Mapping[str, Any], shape: Sequence[int], num_classes: in
         "norm_eps": config.get("norm_eps", 1e-5),
         "freq_shift": float(config.get("freq_shift", 0)),
         "learned_variance": False,
+        **OURS,
         **({"num_heads": 1} if head_dim is None else {"head_dim": head_dim, "num_heads": 0}),
     }
     return class_fields("num_class_embeds", config.get("num_class_embeds"), num_classes, where) | {
@@ -145,6 +148,11 @@ def unet_config(model: UNet, channels: int, size: int) -> dict[str, Any]:
             f"config.model.context_tokens = {model.context_tokens}: diffusers' UNet2DModel has no cross-attention; "
             "train with 0 to export"
         )
+    for name, value in OURS.items():
+        if (own := getattr(model, name)) != value:
+            raise ConfigError(
+                f"config.model.{name} = {own!r}: diffusers has no such attention; train with {value!r} to export"
+            )
     if model.out_channels != channels:
         raise ConfigError("config.model.learned_variance = True: must be False to export; diffusers' pipelines use eps")
     widths = [round(model.channels * mult) for mult in model.channel_mult]

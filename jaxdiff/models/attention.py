@@ -22,18 +22,35 @@ def attention_kernel(dtype: Dtype, head_dim: int, q_len: int, kv_len: int) -> Li
 
 
 def attend(
-    q: Float[Array, "batch n heads d"], k: Float[Array, "batch m heads d"], v: Float[Array, "batch m heads d"]
+    q: Float[Array, "batch n heads d"],
+    k: Float[Array, "batch m heads d"],
+    v: Float[Array, "batch m heads d"],
+    chunk: int = 0,
 ) -> Float[Array, "batch n heads d"]:
-    """Softmax(q k^T / sqrt(d)) v per head, softmax in float32 (Vaswani et al. 2017, eq. 1)."""
-    kernel = attention_kernel(q.dtype, q.shape[-1], q.shape[1], k.shape[1])
-    return jax.nn.dot_product_attention(q, k, v, implementation=kernel)
+    """Softmax(q k^T / sqrt(d)) v per head, softmax in float32 (Vaswani et al. 2017, eq. 1).
+
+    Where cuDNN's kernel does not apply, `chunk` queries (0 = all) attend at a time, and the backward pass computes
+    their weights again, so that chunk x m of the n x m are in memory (Rabe & Staats 2021, arXiv 2112.05682). Over
+    m <= d keys all attend at once: the weights are no larger than q is.
+    """
+    (n, d), m = q.shape[1::2], k.shape[1]
+    kernel = attention_kernel(q.dtype, d, n, m)
+    if kernel == "cudnn" or not 0 < chunk < n or m <= d:
+        return jax.nn.dot_product_attention(q, k, v, implementation=kernel)
+
+    def one(query: Float[Array, "batch heads d"]) -> Float[Array, "batch heads d"]:
+        return jax.nn.dot_product_attention(query[:, None], k, v, implementation="xla")[:, 0]
+
+    return jax.lax.map(jax.checkpoint(one), q.swapaxes(0, 1), batch_size=chunk).swapaxes(0, 1)
 
 
 class Attention(nn.Module):
     """Residual multi-head attention of a feature map to itself, or to `context` tokens when they are given.
 
     The output projection starts at zero, so that a new block is the identity. There are `num_heads` heads, or where
-    that is 0 as many as have `head_dim` channels each (0 = one); they must divide the channels.
+    that is 0 as many as have `head_dim` channels each (0 = one); they must divide the channels. With `qk_norm` the
+    queries and keys of each head have a root mean square of 1, times a learnt scale, so that the logits stay bounded
+    (Dehghani et al. 2023, arXiv 2302.05442; in this form Esser et al. 2024, arXiv 2403.03206). `chunk`: see `attend`.
     """
 
     head_dim: int
@@ -42,6 +59,8 @@ class Attention(nn.Module):
     eps: float = 1e-5
     norm_groups: int = 32
     num_heads: int = 0
+    qk_norm: bool = False
+    chunk: int = 0
 
     @nn.compact
     def __call__(
@@ -61,6 +80,8 @@ class Attention(nn.Module):
             context = nn.LayerNorm(dtype=self.dtype, name="norm_context")(context)
             k, v = jnp.split(dense(2 * c, "kv")(context), 2, axis=-1)
         q, k, v = (a.reshape(b, -1, heads, c // heads) for a in (q, k, v))
-        h = attend(q, k, v).reshape(b, height, width, c)
+        if self.qk_norm:
+            q, k = (nn.RMSNorm(dtype=self.dtype, name=f"norm_{n}")(a) for n, a in (("q", q), ("k", k)))
+        h = attend(q, k, v, self.chunk).reshape(b, height, width, c)
         init = ZEROS if self.zero_init else DEFAULT_KERNEL
         return x + nn.Dense(c, dtype=self.dtype, kernel_init=init, name="proj")(h)

@@ -1,8 +1,11 @@
 """The noise-prediction UNet of DDPM and ADM with cross-attention to condition tokens."""
 
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
@@ -12,10 +15,28 @@ from jaxdiff.models.layers import (
     Dtype,
     ResBlock,
     Upsample,
+    average_pool,
     conv3x3,
     group_norm,
     timestep_embedding,
 )
+
+
+def keep_products(primitive: Any, *args: Any, **params: Any) -> bool:
+    """Whether the backward pass finds an operation's result in memory: convolutions and products with weights.
+
+    Not attention's products, of which one is n x m.
+    """
+    dots = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    return primitive.name == "conv_general_dilated" or dots(primitive, *args, **params)
+
+
+# What is made of the class of a block, by the name of what the backward pass computes again.
+REMAT: dict[str, Callable[..., Any]] = {
+    "none": lambda block, **_: block,
+    "blocks": nn.remat,  # all inside of residual and attention blocks
+    "dots": functools.partial(nn.remat, policy=keep_products),  # of these all but what `keep_products` keeps
+}
 
 
 class UNet(nn.Module):
@@ -35,6 +56,8 @@ class UNet(nn.Module):
       downsample_padding: of the strided one: 1 = on all sides; 0 = 1 on the bottom and on the right (DDPM's own code).
       mid_attention: whether attention blocks stand in the middle too.
       norm_groups, norm_eps: of every GroupNorm, see `group_norm`. freq_shift: of `timestep_embedding`.
+      cross_resolution: heights at which the up path, at a level's end, attends to `level_tokens` of all levels.
+      qk_norm, attention_chunk: of all attention, see `Attention` and `attend`. remat: a name in `REMAT`.
       dtype: of the computation. Parameters, norm statistics and the output are float32.
     """
 
@@ -56,6 +79,10 @@ class UNet(nn.Module):
     norm_groups: int = 32
     norm_eps: float = 1e-5
     freq_shift: float = 0.0
+    cross_resolution: tuple[int, ...] = ()
+    qk_norm: bool = False
+    attention_chunk: int = 0
+    remat: str = "none"
     dtype: Dtype = jnp.float32
 
     @nn.compact
@@ -68,28 +95,31 @@ class UNet(nn.Module):
     ) -> Float[Array, "batch h w out"]:
         emb, context = self.embed(t, y)
         norm: dict[str, Any] = {"eps": self.norm_eps, "norm_groups": self.norm_groups}
+        res_block, attention_block = REMAT[self.remat](ResBlock, static_argnums=3), REMAT[self.remat](Attention)
 
         def res(features: int, name: str, resample: str = "") -> ResBlock:
             inner = (features, self.dtype, self.dropout, self.scale_shift_norm, resample)
-            return ResBlock(*inner, **norm, name=name)
+            return res_block(*inner, **norm, name=name)
+
+        def attention(name: str) -> Attention:
+            heads = {"num_heads": self.num_heads, "qk_norm": self.qk_norm, "chunk": self.attention_chunk}
+            return attention_block(self.head_dim, self.dtype, **heads, **norm, name=name)
 
         def attend(h: Array, name: str) -> Array:
-            heads: dict[str, Any] = {"head_dim": self.head_dim, "num_heads": self.num_heads}
-            h = Attention(dtype=self.dtype, **heads, **norm, name=f"{name}_attn")(h)
-            if context is not None:
-                h = Attention(dtype=self.dtype, **heads, **norm, name=f"{name}_cross")(h, context)
-            return h
+            h = attention(f"{name}_attn")(h)
+            return h if context is None else attention(f"{name}_cross")(h, context)
 
         widths = [round(self.channels * m) for m in self.channel_mult]
         last = len(widths) - 1
         h = conv3x3(widths[0], self.dtype, name="conv_in")(x.astype(self.dtype))
-        skips = [h]
+        skips, maps = [h], []
         for i, width in enumerate(widths):
             for j in range(self.num_res_blocks):
                 h = res(width, f"down{i}_res{j}")(h, emb, deterministic)
                 if h.shape[1] in self.attention_resolutions:
                     h = attend(h, f"down{i}_{j}")
                 skips.append(h)
+            maps.append(h)
             if i < last:
                 if self.resblock_updown:
                     h = res(width, f"down{i}_resample", "down")(h, emb, deterministic)
@@ -102,6 +132,7 @@ class UNet(nn.Module):
         if self.mid_attention:
             h = attend(h, "mid")
         h = res(widths[-1], "mid_res1")(h, emb, deterministic)
+        tokens = self.level_tokens(maps) if self.cross_resolution else None
 
         for i, width in reversed(list(enumerate(widths))):
             for j in range(self.num_res_blocks + 1):
@@ -109,6 +140,8 @@ class UNet(nn.Module):
                 h = res(width, f"up{i}_res{j}")(h, emb, deterministic)
                 if h.shape[1] in self.attention_resolutions:
                     h = attend(h, f"up{i}_{j}")
+            if h.shape[1] in self.cross_resolution:
+                h = attention(f"up{i}_levels")(h, tokens)
             if i > 0:
                 if self.resblock_updown:
                     h = res(width, f"up{i}_resample", "up")(h, emb, deterministic)
@@ -118,6 +151,20 @@ class UNet(nn.Module):
         # The last convolution runs in float32: it is cheap, and the sampler would add up bfloat16's rounding of eps.
         h = nn.silu(group_norm(h.shape[-1], jnp.float32, self.norm_eps, "norm_out", self.norm_groups)(h))
         return conv3x3(self.out_channels, jnp.float32, zero=True, name="conv_out")(h)
+
+    def level_tokens(self, maps: Sequence[Array]) -> Float[Array, "batch m c"]:
+        """Each level's last map before the middle, pooled to the lowest's grid and projected to its width c: tokens.
+
+        There are as many of every level, so that to attend to all levels costs in proportion to the positions that do.
+        Source of the pooling: PVT v2 (Wang et al. 2021, arXiv 2106.13797), for attention within one map.
+        """
+        (_, height, _, width), tokens = maps[-1].shape, []
+        for i, pooled in enumerate(maps):
+            while pooled.shape[1] > height:
+                pooled = average_pool(pooled)
+            pooled = pooled.reshape(len(pooled), -1, pooled.shape[-1])
+            tokens.append(nn.Dense(width, dtype=self.dtype, name=f"level{i}_tokens")(pooled))
+        return jnp.concatenate(tokens, axis=1)
 
     def embed(self, t: Array, y: Array | None) -> tuple[Array, Array | None]:
         """Timestep (and class) embedding [B, 4 channels], and the condition tokens [B, L, 4 channels] or None."""

@@ -15,6 +15,7 @@ from jax.interpreters.partial_eval import dce_jaxpr
 from jaxdiff.mesh import say
 
 MATRIX_SIZE = {"cpu": 1024}  # of the products that `matmul_peak` times, by backend
+RECOMPUTED = "rematted_computation"  # JAX's name for what a checkpoint computes again
 PREFIXES = ("", "K", "M", "G", "T", "P", "E")
 
 
@@ -32,8 +33,8 @@ def jaxpr_flops(jaxpr: Any) -> int:
     A multiplication and its addition are two. Counted are the products that reach an output: not those with a
     convolution's padding, or with the zeros between the rows of a strided one's gradient, as XLA's `cost_analysis` has
     it, so that the gradient of a layer costs twice its forward pass. Of a `cond`'s branches the dearest counts, in a
-    scan every turn, in `jax.checkpoint` what is computed again, and in cuDNN's attention, which keeps to itself what
-    it computes again, two products forward and four backward. What is written twice counts twice, though XLA may
+    scan every turn. What `jax.checkpoint` computes again does not count, as it does not in cuDNN's attention, which
+    keeps that to itself: two products forward and four backward. What is written twice counts twice, though XLA may
     compute it once.
 
     Raises: ValueError for products in a while loop, whose turns nobody knows, or in a kernel of Pallas.
@@ -49,6 +50,8 @@ def _jaxpr(jaxpr: Any) -> int:
 
 def _equation(equation: Any) -> int:
     name, params = equation.primitive.name, equation.params
+    if RECOMPUTED in str(equation.source_info.name_stack):
+        return 0
     if name in MULTIPLICATIONS:
         return 2 * MULTIPLICATIONS[name](equation)
     inner = [_jaxpr(jaxpr) for jaxpr in jaxprs_in_params(params)]

@@ -41,6 +41,9 @@ WRONG = [
     ("ddpm", "model.norm_groups", 0, "at least 1"),
     ("ddpm", "model.norm_eps", 0.0, "positive"),
     ("ddpm", "model.freq_shift", 16.0, "[0, model.channels / 2 = 16)"),
+    ("ddpm", "model.cross_resolution", (8, 5), "among the resolutions of the UNet, 16, 8, 4"),
+    ("ddpm", "model.attention_chunk", -1, "at least 0"),
+    ("ddpm", "model.remat", "block", "did you mean 'blocks'"),
     ("ddpm", "model.conditional", False, None),
     ("ddpm", "diffusion.scaling_factor", 0.18215, "0 where there are no latents"),
     ("ldm", "diffusion.scaling_factor", -1.0, "at least 0"),
@@ -177,9 +180,19 @@ def test_one_line_names_field_value_and_what_is_allowed(experiment, field, value
     if allowed is None:  # two fields contradict each other: either may be named, the other is in the line
         assert field.split(".")[-1] in line
     else:
-        shown = value[-1] if isinstance(value, tuple) and field.endswith(("resolutions", "scores", "levels")) else value
+        each = field.endswith(("resolutions", "cross_resolution", "scores", "levels"))
+        shown = value[-1] if isinstance(value, tuple) and each else value
         assert f"config.{field} = {shown!r}: must be" in line
         assert allowed in line
+
+
+def test_heads_of_attention_across_levels():
+    config = config_of("ddpm")
+    config.model.update(channels=48, head_dim=32)  # 48 channels at 16 pixels, where there is no attention else
+    check.validate(config, 1)
+    config.model.cross_resolution = (16,)
+    with pytest.raises(ConfigError, match="config.model.head_dim = 32: .* divisor of the 48 channels at resolution 16"):
+        check.validate(config, 1)
 
 
 def test_contradicting_sampler_settings():
@@ -254,6 +267,7 @@ def test_whose_a_workdir_is(tmp_path):
     config.update_from_flattened_dict(
         {"sample.steps": 7, "data.path": "moved", "data.threads": 1, "log_every": 1, "autoencoder.train.keep": 9}
     )
+    config.model.update(remat="blocks", attention_chunk=16)
     files.claim_workdir(config, tmp_path / "run")  # all of these may change
     assert files.load(tmp_path / "run" / "config.json").sample.steps == 7
     for field, value in (("model.channels", 256), ("autoencoder.path", "x"), ("data.flip", True), ("seed", 1)):

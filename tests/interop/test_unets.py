@@ -114,6 +114,7 @@ def test_heads_by_number_are_those_by_channels(tmp_path):
     other, expected = load(ADM)
     assert (model.num_heads, other.num_heads, other.head_dim) == (4, 0, 16)
     assert same(params, expected)
+    assert not model.qk_norm and model.cross_resolution == ()  # whatever the config says that it is imported with
     config = unet_config(model.clone(out_channels=3), 3, 16)
     assert config["attention_head_dim"] == 16
 
@@ -198,6 +199,8 @@ FIELDS = dict(channels=16, channel_mult=(1, 2), attention_resolutions=(8,), norm
     ("fields", "words"),
     [
         ({"context_tokens": 4, "num_classes": 3}, "config.model.context_tokens = 4: .* no cross-attention"),
+        ({"cross_resolution": (8,)}, r"config.model.cross_resolution = \(8,\): .* train with \(\) to export"),
+        ({"qk_norm": True}, "config.model.qk_norm = True: .* train with False to export"),
         ({"out_channels": 6}, "config.model.learned_variance = True"),
         ({"norm_groups": 32}, "config.model.norm_groups = 32: .* do not divide the channels 16, 32;"),
         ({"num_heads": 2, "attention_resolutions": (16, 8)}, "config.model.num_heads = 2: .* over 16, 32 channels"),
@@ -277,10 +280,15 @@ def test_import_sample_train_and_export(tiny, tmp_path):
     config.eval.scores = ()
     config.update(steps=2)
     run = tmp_path / "run"
-    with pytest.raises(ConfigError, match=r"config.sample.guidance = 1.0: must be 0.0, as in .*in, or left out"):
-        startup.import_model(config.copy_and_resolve_references(), run, source, {"sample.guidance": 1.0})
-    with pytest.raises(ConfigError, match="config.model.name = 'dit_s2': must be 'unet', as in .*in, or left out"):
-        startup.import_model(config.copy_and_resolve_references(), run, source, {"model.name": "dit_s2"})
+    for field, wrong, right in (
+        ("sample.guidance", 1.0, 0.0),
+        ("model.qk_norm", True, False),
+        ("model.name", "dit_s2", "unet"),
+    ):
+        with pytest.raises(
+            ConfigError, match=f"config.{field} = {wrong!r}: must be {right!r}, as in .*in, or left out"
+        ):
+            startup.import_model(config.copy_and_resolve_references(), run, source, {field: wrong})
     assert not run.exists()
     startup.import_model(config, run, source, {})
     assert config.diffusion.beta_start == 1e-4 and not config.model.conditional

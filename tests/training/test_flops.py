@@ -1,5 +1,7 @@
 """Counted operations: by hand, as XLA counts them, and of whole training steps; and the peak they are held against."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -9,6 +11,7 @@ from jax.sharding import PartitionSpec
 
 from jaxdiff import mesh as meshes
 from jaxdiff.build import build_network, build_schedule
+from jaxdiff.models.attention import attend
 from jaxdiff.training import flops
 from jaxdiff.training.flops import count_flops, jaxpr_flops, least_step_time, matmul_peak, readable
 from jaxdiff.training.objectives import diffusion_objective
@@ -94,12 +97,41 @@ def test_only_what_reaches_an_output():
     assert count_flops(last, [SQUARE, SQUARE], SQUARE) == 2 * ONE
 
 
-def test_checkpoint_counts_what_is_computed_again():
-    def loss(w, x):
-        return jnp.sin(jax.checkpoint(lambda x: jnp.sin(x @ w) @ w)(x)).sum()
+def test_what_a_checkpoint_computes_again_does_not_count():
+    """Nor in a scan, where it is another jaxpr; XLA counts the product that is computed twice."""
+
+    def loss(w, x, wrap=jax.checkpoint):
+        return jnp.sin(wrap(lambda x: jnp.sin(x @ w) @ w)(x)).sum()
+
+    def scanned(w, x):
+        return lax.scan(lambda c, x: (c + loss(w, x), None), jnp.zeros(()), x[None].repeat(5, 0))[0]
 
     assert count_flops(loss, SQUARE, SQUARE) == 2 * ONE
-    assert count_flops(jax.grad(loss), SQUARE, SQUARE) == (2 + 1 + 3) * ONE
+    for function, times in ((loss, 1), (scanned, 5), (jax.checkpoint(scanned), 5)):
+        assert count_flops(jax.value_and_grad(function), SQUARE, SQUARE) == times * (2 + 3) * ONE
+    plain, checkpointed = (
+        jax.jit(jax.grad(functools.partial(loss, wrap=wrap))).lower(SQUARE, SQUARE).cost_analysis()["flops"]
+        for wrap in (lambda f: f, jax.checkpoint)
+    )
+    assert ONE <= checkpointed - plain < 1.5 * ONE
+
+
+@pytest.mark.parametrize("chunk", [8, 24])
+def test_attention_by_chunks_counts_as_all_at_once(chunk):
+    q, k = array(2, 64, 3, 8), array(2, 40, 3, 8)
+
+    def counts(*chunk):
+        def forward(q, k, v):
+            return attend(q, k, v, *chunk)
+
+        def both(out, *args):
+            attended, pull = jax.vjp(forward, *args)
+            return attended, pull(out)
+
+        return count_flops(forward, q, k, k), count_flops(both, q, q, k, k)
+
+    product = 2 * (2 * 3 * 64 * 40 * 8)
+    assert counts(chunk) == counts() == (2 * product, 6 * product)
 
 
 def test_custom_gradients():
