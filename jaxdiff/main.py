@@ -80,9 +80,9 @@ def run(argv: list[str]) -> None:
     named = args.config.name if args["config"].present else None
     overrides = config_flags.get_override_values(args["config"])
     if args.mode == "train":
-        startup.train(args.config, workdir)
+        startup.train(args.config, workdir, overrides)
     elif args.mode == "ladder":
-        startup.ladder(args.config, workdir)
+        startup.ladder(args.config, workdir, overrides)
     elif args.mode == "prepare":
         startup.prepare(args.config)
     elif args.mode == "encode":

@@ -2,7 +2,7 @@
 
 import os
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import jax
@@ -23,24 +23,26 @@ def start() -> None:
     meshes.initialize_distributed()
 
 
-def train(config: ConfigDict, workdir: pathlib.Path) -> None:
-    """--mode=train, for a config as it came from the command line."""
+def train(config: ConfigDict, workdir: pathlib.Path, overrides: Collection[str] = ()) -> None:
+    """--mode=train, for a config as it came from the command line, which gives the fields `overrides`."""
     from jaxdiff.training.stages import run_train
 
     start()
     check.validate(config, jax.device_count())
+    check.check_overrides(config, overrides)
     files.check_workdir(config, workdir)
     run_train(config, workdir)
     try_report([workdir], workdir / REPORT)
 
 
-def ladder(config: ConfigDict, workdir: pathlib.Path) -> None:
-    """--mode=ladder, for a config as it came from the command line."""
+def ladder(config: ConfigDict, workdir: pathlib.Path, overrides: Collection[str] = ()) -> None:
+    """--mode=ladder, for a config as it came from the command line, which gives the fields `overrides`."""
     from jaxdiff.ladder.climb import run_ladder
     from jaxdiff.ladder.rungs import check_workdir, rung_names, validate
 
     start()
     validate(config, jax.device_count())
+    check.check_overrides(config, overrides)
     check_workdir(config, workdir)
     run_ladder(config, workdir)
     try_report([workdir / name for name in rung_names(config)], workdir / REPORT)

@@ -60,6 +60,7 @@ def fails(*arguments, cwd):
         (["--config=configs/none.py"], ["none.py"]),
         (["--mode=sampel"], ["mode", "sample"]),
         (["lr=1"], ["lr=1", "--"]),
+        (["--config.model.name=dit_s2", "--config.model.channels=8"], ["config.model.channels = 8", "'dit_s2'"]),
         (["--config.batch_size=0"], ["config.batch_size = 0", "at least 1"]),
         (["--config.warmup_steps=1200"], ["config.warmup_steps = 1200", "less than the 1200 steps"]),
         ([f"--config={ROOT}/configs/ddpm.py:imagenet100"], ["data/imagenet100/train", "--config.data.path", "Kaggle"]),

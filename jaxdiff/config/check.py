@@ -8,6 +8,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from jaxdiff.build import COMMON, NETWORKS
 from jaxdiff.config.fields import guidance_weights
 from jaxdiff.data.sources import SOURCES
 from jaxdiff.diffusion import PREDICTIONS, SAMPLERS, SCHEDULES, SPACINGS, TIMES, WEIGHTINGS
@@ -16,6 +17,7 @@ from jaxdiff.evaluation import reconstruction
 from jaxdiff.evaluation.extractors import EXTRACTORS
 from jaxdiff.evaluation.scores import FEATURE_SCORES, SCORES
 from jaxdiff.models.discriminator import patches
+from jaxdiff.models.dit import DITS
 from jaxdiff.models.unet import REMAT
 
 EXPERIMENTS = ("ldm", "ddpm", "vae")
@@ -61,7 +63,7 @@ def validate(config: ConfigDict, num_devices: int) -> None:
         if config.experiment == "ldm" and not config.autoencoder.path:
             _validate_recipe(config, "autoencoder.train.", num_devices)
     if "model" in config:
-        _validate_unet(config, size, name)
+        _validate_network(config, size, name)
         _validate_diffusion(config)
         validate_sample(config)
         one = isinstance(config.sample.guidance, int | float)
@@ -72,6 +74,16 @@ def validate(config: ConfigDict, num_devices: int) -> None:
         for field in ("images", "steps"):
             value = config.eval[field]
             require(not value, f"eval.{field}", value, "left out, but for --mode=evaluate")
+
+
+def check_overrides(config: ConfigDict, overrides: Collection[str]) -> None:
+    """ConfigError when the command line gives, in `overrides`, a field `model` that the network there does not have."""
+    for field in overrides:
+        group, _, name = field.rpartition(".")
+        if group.split(".")[-1] == "model" and name not in COMMON:
+            network = _get(config, group).get("name", "unet")
+            allowed = f"left out with {group}.name = {network!r}, which has of {group} {', '.join(COMMON)} only"
+            require(network not in DITS, field, _get(config, field), allowed)
 
 
 def validate_data(config: ConfigDict) -> None:
@@ -144,18 +156,29 @@ def _validate_autoencoder(config: ConfigDict) -> int:
     return factor
 
 
+def _validate_network(config: ConfigDict, size: int, size_name: str) -> None:
+    m = config.model
+    _one_of(config, "model.name", tuple(NETWORKS))
+    _one_of(config, "model.remat", tuple(REMAT))
+    _at_least(config, 0, "model.attention_chunk")
+    require(0 <= m.dropout < 1, "model.dropout", m.dropout, "in [0, 1)")
+    if m.name in DITS:
+        allowed = f"of patches that divide {size_name} = {size}"
+        require(size % DITS[m.name]["patch"] == 0, "model.name", m.name, allowed)
+    else:
+        _validate_unet(config, size, size_name)
+
+
 def _validate_unet(config: ConfigDict, size: int, size_name: str) -> None:
     m = config.model
     _at_least(config, 1, "model.channels", "model.num_res_blocks", "model.head_dim", "model.norm_groups")
-    _at_least(config, 0, "model.context_tokens", "model.num_heads", "model.attention_chunk")
-    _one_of(config, "model.remat", tuple(REMAT))
+    _at_least(config, 0, "model.context_tokens", "model.num_heads")
     tokens = m.conditional or m.context_tokens == 0
     require(tokens, "model.context_tokens", m.context_tokens, "0 with model.conditional = False")
     require(m.downsample_padding in (0, 1), "model.downsample_padding", m.downsample_padding, "0 or 1")
     require(m.norm_eps > 0, "model.norm_eps", m.norm_eps, "positive")
     allowed = f"in [0, model.channels / 2 = {m.channels // 2})"
     require(0 <= m.freq_shift < m.channels // 2, "model.freq_shift", m.freq_shift, allowed)
-    require(0 <= m.dropout < 1, "model.dropout", m.dropout, "in [0, 1)")
     require(len(m.channel_mult) > 0, "model.channel_mult", m.channel_mult, "not empty")
     deepest = 2 ** (len(m.channel_mult) - 1)
     allowed = f"shorter: {size_name} = {size} is not a multiple of 2^(levels - 1) = {deepest}"

@@ -124,9 +124,13 @@ def autoencoder_recipe(dataset: str) -> ConfigDict:
 
 
 def unet() -> ConfigDict:
-    """Architecture of the UNet."""
+    """Architecture of the network that denoises: the UNet, unless `name` is another."""
     return ConfigDict(
         dict(
+            # unet, or a DiT such as dit_b2: of size s, b, l or xl, with patches of 2, 4 or 8. Of these fields a DiT has
+            # conditional, null_class, dropout, learned_variance, qk_norm, attention_chunk and remat; the others are the
+            # UNet's alone.
+            name="unet",
             channels=128,  # width of the first level
             channel_mult=(1, 2, 2, 2),  # one entry a level; 0.5 and the like are possible
             num_res_blocks=2,
@@ -136,7 +140,7 @@ def unet() -> ConfigDict:
             mid_attention=True,  # attention at the lowest resolution, between down and up
             conditional=True,  # on the class; without, context_tokens, label_dropout and guidance have to be 0
             null_class=True,  # a row of the class table for "no class", which guidance and label_dropout need
-            context_tokens=4,  # that a class is embedded to for cross-attention; 0 = no cross-attention
+            context_tokens=4,  # that a class is embedded to for cross-attention; 0 = no cross-attention, as in a DiT
             dropout=0.0,
             learned_variance=False,  # twice the output channels, as ADM has; for diffusion.loss hybrid and vlb
             scale_shift_norm=True,  # timestep and class scale and shift the norms (ADM); False = are added (DDPM)

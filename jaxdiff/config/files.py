@@ -43,6 +43,7 @@ ADDED_FIELDS = {
     "autoencoder.disc_start": 0.25,
     "autoencoder.disc_layers": 3,
     "autoencoder.scores": (),
+    "model.name": "unet",
     "model.num_heads": 0,
     "model.mid_attention": True,
     "model.conditional": True,

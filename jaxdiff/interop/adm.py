@@ -92,6 +92,7 @@ def read_unet(folder: pathlib.Path, shape: Sequence[int], num_classes: int) -> F
         raise ConfigError(f"--from={where}: num_heads_upsample = {upsample} is not supported, only num_heads = {heads}")
     factors, levels = config["attention_resolutions"], len(config["channel_mult"])
     fields = {
+        "name": "unet",
         "channels": config["model_channels"],
         "channel_mult": tuple(config["channel_mult"]),
         "num_res_blocks": config["num_res_blocks"],

@@ -12,7 +12,7 @@ from jaxdiff.interop.diffusers import read_config
 from jaxdiff.interop.pipeline import schedule_fields
 from jaxdiff.interop.tensors import import_params
 from jaxdiff.interop.unet2d import Foreign
-from jaxdiff.models import UNet
+from jaxdiff.models import Network
 
 
 def read_unet(folder: pathlib.Path, shape: Sequence[int], num_classes: int) -> Foreign:
@@ -33,7 +33,7 @@ def read_unet(folder: pathlib.Path, shape: Sequence[int], num_classes: int) -> F
     return foreign._replace(fields=fields)
 
 
-def import_unet(foreign: Foreign, model: UNet, shape: Sequence[int], where: str) -> Any:
+def import_unet(foreign: Foreign, model: Network, shape: Sequence[int], where: str) -> Any:
     """The parameters of `model`, built from the fields of `foreign` for images or latents [h, w, c].
 
     Raises: ConfigError as in `import_params`.

@@ -19,7 +19,7 @@ from jaxdiff.interop.diffusers import (
 )
 from jaxdiff.interop.tensors import Tensors, export_params
 from jaxdiff.interop.unet2d import unet_config, unet_tensors
-from jaxdiff.models import AutoencoderKL, UNet
+from jaxdiff.models import AutoencoderKL, Network, UNet
 
 SCHEDULES = {"linear": "linear", "scaled_linear": "scaled_linear", "cosine": "squaredcos_cap_v2"}
 PREDICTIONS = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}
@@ -147,7 +147,7 @@ def fold_whitening(tensors: Tensors, whitening: Whitening) -> Tensors:
 
 def save_pipeline(
     config: ConfigDict,
-    unet: UNet,
+    unet: Network,
     params: Any,
     shape: Sequence[int],
     folder: pathlib.Path,
@@ -161,6 +161,8 @@ def save_pipeline(
     Args: shape [h, w, c], of what the UNet denoises.
     Raises: ConfigError when `folder` exists and is not empty, or naming the field that diffusers cannot express.
     """
+    if not isinstance(unet, UNet):
+        raise ConfigError(f"config.model.name = {config.model.name!r}: must be 'unet' to export, as a UNet2DModel")
     unet_json, scheduler_json = unet_config(unet, shape[-1], shape[0]), scheduler_config(config)
     parts = {"unet": "UNet2DModel", "scheduler": scheduler_json["_class_name"]}
     pipeline = SAMPLERS[config.sample.sampler].pipeline

@@ -61,6 +61,7 @@ def unet_fields(config: Mapping[str, Any], shape: Sequence[int], num_classes: in
         raise ConfigError(f"--from={where}: attn_norm_num_groups = {wanted!r} is not supported, only {groups!r}")
     head_dim = config.get("attention_head_dim", 8)
     fields: dict[str, Any] = {
+        "name": "unet",
         "channels": widths[0],
         "channel_mult": tuple(w / widths[0] if w % widths[0] else w // widths[0] for w in widths),
         "num_res_blocks": config["layers_per_block"],

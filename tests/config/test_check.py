@@ -4,6 +4,7 @@ import json
 import pathlib
 
 import pytest
+from ml_collections import ConfigDict
 
 from configs import ddpm, ldm_cfg, vae
 from jaxdiff.config import check, fields, files
@@ -25,6 +26,9 @@ WRONG = [
     ("ddpm", "epochs", 3.0, "steps"),
     ("ddpm", "steps", 0, None),
     ("ddpm", "weight_decay", -1.0, "at least 0"),
+    ("ddpm", "model.name", "unets", "did you mean 'unet'"),
+    ("ddpm", "model.name", "dit_m2", "one of unet, dit_s2, dit_s4"),
+    ("ldm", "model.name", "dit_b8", "of patches that divide data.image_size / 8 = 4"),
     ("ddpm", "model.attention_resolutions", (8, 5), "16, 8, 4"),
     ("ddpm", "model.channel_mult", (1, 1, 1, 1, 1, 1, 1), "2^(levels - 1) = 64"),
     ("ddpm", "model.channel_mult", (), "not empty"),
@@ -135,6 +139,31 @@ def test_all_presets_are_possible(experiment, dataset):
     for devices in (1, 2, 4, 8):
         check.validate(config, devices)
     assert config.name == f"{experiment}-{dataset.replace(':', '-')}"
+
+
+@pytest.mark.parametrize("experiment", ["ldm", "ddpm"])
+def test_a_dit_takes_the_place_of_the_unet_of_any_preset(experiment):
+    for dataset in ("digits", "cifar10", "imagenet100"):
+        config = CONFIGS[experiment].get_config(dataset)
+        config.model.name = "dit_b2"
+        check.validate(config, 8)
+    config.model.conditional = False  # it has no context_tokens that would contradict
+    config.diffusion.label_dropout = config.sample.guidance = 0.0
+    check.validate(config, 8)
+    config.model.dropout = 1.0
+    with pytest.raises(ConfigError, match=r"config.model.dropout = 1.0: must be in \[0, 1\)"):
+        check.validate(config, 8)
+
+
+def test_fields_of_the_unet_are_not_given_for_a_dit():
+    config = ConfigDict({"ldm": config_of("ldm")})
+    given = ["ldm.model.name", "ldm.model.dropout", "ldm.lr", "ldm.model.channels"]
+    check.check_overrides(config, given)
+    config.ldm.model.name = "dit_s2"
+    check.check_overrides(config, given[:-1])
+    line = "config.ldm.model.channels = 64: must be left out with ldm.model.name = 'dit_s2', which has of ldm.model"
+    with pytest.raises(ConfigError, match=line):
+        check.check_overrides(config, given)
 
 
 def test_tfds_by_name():
