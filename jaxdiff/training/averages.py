@@ -124,8 +124,10 @@ def solve_weights(
 
 def weighted_sum(weights: Sequence[float], trees: Iterable[Any]) -> Any:
     """Float32, on the host: the sum of w x over weights w and trees x, taken one after the other, in float64."""
-    total: Any = None
+    total: list[Any] = []
     for w, tree in zip(weights, trees, strict=True):
-        part = jax.tree.map(lambda x, w=w: w * np.asarray(x, np.float64), tree)
-        total = part if total is None else jax.tree.map(np.add, total, part)
-    return jax.tree.map(lambda x: np.asarray(x, np.float32), total)
+        leaves, structure = jax.tree.flatten(tree)
+        total = total or [0.0] * len(leaves)
+        for k, x in enumerate(leaves):  # leaf by leaf: no second float64 tree
+            total[k] = total[k] + w * np.asarray(x, np.float64)
+    return jax.tree.unflatten(structure, [np.asarray(x, np.float32) for x in total])
