@@ -23,7 +23,7 @@ def config_of(tiny):
     # Neither the checkpoints, the log nor the epochs of 1,500 images end where the run is stopped.
     config.update(steps=STEPS, log_every=3, checkpoint_every=8, sample_every=0, batch_size=80, accumulate=2)
     config.data.flip = True
-    config.update(ema_decays=(0.5,), ema_sigma_rel=(0.05, 0.1), ema_snapshot_every=3)
+    config.update(ema_sigma_rel=(0.1,), ema_snapshot_every=3)
     config.sample.weights = "sigma_rel:0.1"
     config.eval.scores = ()
     return config
