@@ -90,7 +90,10 @@ def parse_weights(weights: str, config: ConfigDict, of: str = "") -> str | float
 
 
 def inner_products(
-    steps: Float[np.ndarray, "*a"], gammas: Float[np.ndarray, "*a"], at: Float[np.ndarray, "*b"], by: Any
+    steps: Float[np.ndarray, "*a"],
+    gammas: Float[np.ndarray, "*a"],
+    at: Float[np.ndarray, "*b"],
+    by: Float[np.ndarray, "*b"],
 ) -> Float[np.ndarray, "*c"]:
     """The integral of p q over all steps, of the power functions p at (`steps`, `gammas`) and q at (`at`, `by`).
 
@@ -110,11 +113,11 @@ def solve_weights(
     exactly, so that parameters that do not move come out as they are. The second value is the norm of the difference
     of the profiles, relative to that of the wanted one.
     """
-    t, g = np.asarray(steps, np.float64), np.asarray(gammas, np.float64)
+    t, g, at, by = (np.asarray(x, np.float64) for x in (steps, gammas, step, gamma))
     norms = np.sqrt(inner_products(t, g, t, g))  # in units of which the matrix has ones on its diagonal
-    norm = np.sqrt(inner_products(np.float64(step), np.float64(gamma), np.float64(step), gamma))
+    norm = np.sqrt(inner_products(at, by, at, by))
     gram = inner_products(t[:, None], g[:, None], t, g) / norms[:, None] / norms
-    wanted = inner_products(t, g, np.float64(step), gamma) / norms / norm
+    wanted = inner_products(t, g, at, by) / norms / norm
     ones = (norm / norms)[:, None]
     bordered = np.block([[gram, ones], [ones.T, np.zeros((1, 1))]])
     x = np.linalg.lstsq(bordered, np.append(wanted, 1.0), rcond=1e-13)[0][:-1]
