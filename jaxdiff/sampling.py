@@ -19,6 +19,7 @@ from jaxdiff.errors import ConfigError
 from jaxdiff.generator import Decoder, Generator, Weak
 from jaxdiff.samples import label_names, sample_labels, save_samples
 from jaxdiff.training.checkpoint import Checkpoints
+from jaxdiff.training.snapshots import restore_weights
 
 # The fields `diffusion` that say how a network was trained, and not what it predicts.
 TRAINING_ONLY = {
@@ -91,7 +92,7 @@ def load_weak(
             alike("autoencoder", *(params_hash(meshes.to_host(params)) for params in (decoder.params, theirs)))
         alike("whitening", meta["whitening"], weak_meta["whitening"])
     generator = Generator(weak_config, weak_meta["shape"], len(weak_meta["class_names"]), mesh)
-    weak_params = checkpoints.restore_params(generator.abstract_params(), weak_step, s.weights)
+    weak_params = restore_weights(checkpoints, weak_config, generator.abstract_params(), weak_step, s.weights)
     checkpoints.close()
     return Weak(generator.network, weak_params), weak_step
 
@@ -113,7 +114,7 @@ def load_generator(
     if s.autoguidance:
         weak, meta["weak_step"] = load_weak(config, workdir, step, meta, mesh, decoder)
     generator = Generator(config, meta["shape"], len(meta["class_names"]), mesh, decoder, weak)
-    params = checkpoints.restore_params(generator.abstract_params(), step, s.weights)
+    params = restore_weights(checkpoints, config, generator.abstract_params(), step, s.weights)
     checkpoints.close()
     return generator, params, {**meta, "step": step}
 
@@ -127,9 +128,10 @@ def run_sample(config: ConfigDict, workdir: pathlib.Path, step: int | None) -> l
     generator, params, meta = load_generator(config, workdir, meshes.make_mesh(), step)
     labels = sample_labels(s, label_names(config, meta["class_names"]))
     by = f"-auto{meta['weak_step']}" if s.autoguidance else ""
+    weights = s.weights.replace(":", "-")
     sheets = []
     for w, samples in zip(guidance_weights(s), generator.sweep(params, s, labels), strict=True):
-        path = workdir / "samples" / f"step{meta['step']}-{s.weights}-{s.sampler}{s.steps}-w{w:g}{by}-seed{s.seed}"
+        path = workdir / "samples" / f"step{meta['step']}-{weights}-{s.sampler}{s.steps}-w{w:g}{by}-seed{s.seed}"
         if meshes.is_main():
             own = labels if config.model.conditional else None
             sheets.append(save_samples(path, samples, own, ConfigDict({**s.to_dict(), "guidance": w})))

@@ -19,6 +19,7 @@ from jaxdiff.evaluation.scores import FEATURE_SCORES, SCORES
 from jaxdiff.models.discriminator import patches
 from jaxdiff.models.dit import DITS
 from jaxdiff.models.unet import REMAT
+from jaxdiff.training.averages import WIDEST, parse_weights
 
 EXPERIMENTS = ("ldm", "ddpm", "vae")
 CONTINUOUS = {"edm": "karras", "flow": "even"}  # schedules without steps of their own, and how samplers step there
@@ -70,6 +71,9 @@ def validate(config: ConfigDict, num_devices: int) -> None:
         require(one, "sample.guidance", config.sample.guidance, "one number, but for --mode=sample")
         weak = config.sample.autoguidance
         require(not weak, "sample.autoguidance", weak, "left out, but for --mode=sample")
+        weights = config.sample.weights
+        tracked = isinstance(parse_weights(weights, config), str)
+        require(tracked, "sample.weights", weights, "one that is tracked, as in ema_sigma_rel, but for --mode=sample")
         validate_eval(config)
         for field in ("images", "steps"):
             value = config.eval[field]
@@ -116,11 +120,30 @@ def _validate_recipe(config: ConfigDict, prefix: str, num_devices: int) -> None:
     in_range = len(betas) == 2 and all(0 <= beta < 1 for beta in betas)
     require(in_range, f"{prefix}adam_betas", betas, "two numbers in [0, 1)")
     require(0 <= r.ema_decay < 1, f"{prefix}ema_decay", r.ema_decay, "in [0, 1)")
+    _validate_averages(r, prefix, "model" in config and not prefix)
     one = (r.epochs > 0) != (r.steps > 0)
     require(one, f"{prefix}epochs", r.epochs, f"0 or {prefix}steps = {r.steps} must be 0, and not both")
     parts = num_devices * r.accumulate
     allowed = f"a multiple of {parts} ({num_devices} devices x {prefix}accumulate {r.accumulate})"
     require(r.batch_size % parts == 0, f"{prefix}batch_size", r.batch_size, allowed)
+
+
+def _validate_averages(r: ConfigDict, prefix: str, diffusion: bool) -> None:
+    for field in ("ema_decays", "ema_sigma_rel"):
+        values = tuple(r[field])
+        require(diffusion or not values, f"{prefix}{field}", values, "empty for an autoencoder: `ema` is all it needs")
+        numbers = all(isinstance(value, int | float) for value in values) and len(set(values)) == len(values)
+        if field == "ema_decays":
+            fits = numbers and all(0 <= value < 1 and value != r.ema_decay for value in values)
+            allowed = f"different numbers in [0, 1), without ema_decay = {r.ema_decay}, which is tracked anyway"
+        else:
+            fits = numbers and all(0 < value <= WIDEST for value in values)
+            allowed = f"different numbers in (0, {WIDEST}]"
+        require(fits, f"{prefix}{field}", values, allowed)
+    every = r.ema_snapshot_every
+    require(every >= 0, f"{prefix}ema_snapshot_every", every, "at least 0")
+    allowed = f"0 with {prefix}ema_sigma_rel = (): these are what is kept"
+    require(not every or len(r.ema_sigma_rel) > 0, f"{prefix}ema_snapshot_every", every, allowed)
 
 
 def _validate_autoencoder(config: ConfigDict) -> int:
@@ -277,7 +300,7 @@ def validate_sample(config: ConfigDict) -> None:
     """The check of the fields `sample`, which --mode=sample repeats after its changes."""
     s, d = config.sample, config.diffusion
     _one_of(config, "sample.sampler", tuple(SAMPLERS))
-    _one_of(config, "sample.weights", ("ema", "raw"))
+    parse_weights(s.weights, config)
     _one_of(config, "sample.format", ("npz", "png"))
     _validate_steps(config)
     weights = guidance_weights(s)

@@ -66,6 +66,9 @@ def recipe() -> ConfigDict:
             adam_betas=(0.9, 0.999),  # decay of the averages of the gradient and of its square
             clip_norm=1.0,  # global gradient norm above which gradients are scaled down
             ema_decay=0.9999,  # warmed up as min(ema_decay, (1 + n) / (10 + n))
+            ema_decays=(),  # of further averages, tracked beside; each costs a copy of the parameters on every device
+            ema_sigma_rel=(),  # widths, relative to the steps, of power-function averages, as (0.05,0.1): docs/ema.md
+            ema_snapshot_every=0,  # steps between copies of the latter in WORKDIR/snapshots, kept for good; 0 = none
             log_every=100,  # steps between lines of metrics.jsonl
             sample_every=5000,  # steps between sample (or reconstruction) grids; 0 = at the end only
             checkpoint_every=5000,  # steps between validation losses and checkpoints
@@ -204,7 +207,7 @@ def sample() -> ConfigDict:
             batch_size=100,  # images computed at a time, rounded up to a multiple of the devices
             decode_batch=0,  # latents: images decoded at a time, rounded up to a multiple of the devices; 0 = all
             decode_tile=0,  # latents: side in latent pixels, 8 or more, of tiles decoded one at a time; 0 = whole
-            weights="ema",  # ema or raw
+            weights="ema",  # ema, raw, ema:DECAY of ema_decays, or sigma_rel:WIDTH, any with snapshots
             seed=0,  # image k is a function of (seed, k)
             format="npz",  # npz (one array) or png (a folder)
         )

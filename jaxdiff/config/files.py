@@ -33,6 +33,12 @@ EVALUATE_FIELDS = (
 ADDED_FIELDS = {
     "adam_betas": (0.9, 0.999),
     "autoencoder.train.adam_betas": (0.9, 0.999),
+    "ema_decays": (),
+    "ema_sigma_rel": (),
+    "ema_snapshot_every": 0,
+    "autoencoder.train.ema_decays": (),
+    "autoencoder.train.ema_sigma_rel": (),
+    "autoencoder.train.ema_snapshot_every": 0,
     "data.name": "",
     "data.classes": "",
     "autoencoder.norm_groups": 32,

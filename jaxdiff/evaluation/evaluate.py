@@ -24,6 +24,7 @@ from jaxdiff.generator import Generator
 from jaxdiff.mesh import say
 from jaxdiff.samples import columns, label_names, sample_labels
 from jaxdiff.sampling import load_generator
+from jaxdiff.training.snapshots import averaged_from
 
 SHOWN = 100  # images of a scored set in its picture
 # The fields `sample` that samples depend on, besides num and classes.
@@ -71,7 +72,8 @@ class Scorer:
         known = labels if self._config.model.conditional else None
         protocol = self._described(settings, step)
         record = self._judge(samples, known, protocol, watch)
-        stem = f"eval-step{step}-{settings.weights}-{settings.sampler}{settings.steps}-w{settings.guidance:g}"
+        weights = settings.weights.replace(":", "-")
+        stem = f"eval-step{step}-{weights}-{settings.sampler}{settings.steps}-w{settings.guidance:g}"
         keep_record(record, self._workdir, f"{stem}-n{len(samples)}-seed{settings.seed}", samples, known, self._judge)
         return record
 
@@ -81,7 +83,8 @@ class Scorer:
         return next((r for r in read_scores(self._workdir)["records"] if r["protocol"] == protocol), None)
 
     def _described(self, settings: ConfigDict, step: int) -> dict[str, Any]:
-        return sample_protocol(self._config, settings, step, len(self._names))
+        sources = averaged_from(self._config, self._workdir, settings, step)
+        return sample_protocol(self._config, settings, step, len(self._names)) | sources
 
     def labels(self, settings: ConfigDict) -> Int[np.ndarray, " num"]:
         """Labels of images 0..num-1; errors as in `sample_labels`."""

@@ -20,6 +20,7 @@ STATE_ITEMS = {
     "critic": "critic",
     "critic_optimizer": "critic_opt_state",
     "memory": "memory",
+    "averages": "averages",
 }
 
 
@@ -32,9 +33,9 @@ class Checkpoints:
     """The folder `workdir/checkpoints`, an Orbax CheckpointManager.
 
     A checkpoint holds the items params, ema, optimizer (each restorable alone), critic and critic_optimizer where the
-    loss is trained too, memory where it has one, and meta: a JSON object with the position in the data and what
-    sampling has to know. With `keep`, saving leaves the last `keep` checkpoints and the one of the lowest validation
-    loss.
+    loss is trained too, memory where it has one, averages (each restorable alone) where there are more than `ema`, and
+    meta: a JSON object with the position in the data and what sampling has to know. With `keep`, saving leaves the last
+    `keep` checkpoints and the one of the lowest validation loss.
     """
 
     def __init__(self, workdir: pathlib.Path, keep: int | None = None) -> None:
@@ -91,7 +92,14 @@ class Checkpoints:
         return abstract._replace(step=at, **parts), got.meta
 
     def restore_params(self, abstract: Any, step: int | None, weights: str) -> Any:
-        """Only the parameters, `weights` "ema" or "raw", of a step (None = newest)."""
+        """Only the parameters, `weights` "ema", "raw" or the name of another average, of a step (None = newest)."""
+        if weights not in ("ema", "raw"):
+            tree = {weights: abstract}
+            only = ocp.args.PyTreeRestore(
+                tree, restore_args=ocp.checkpoint_utils.construct_restore_args(tree), partial_restore=True
+            )
+            with ocp.PyTreeCheckpointer() as reader:  # the manager reads items whole
+                return reader.restore(self.folder / str(self.pick(step)) / "averages", args=only)[weights]
         item = "ema" if weights == "ema" else "params"
         args = ocp.args.Composite(**{item: ocp.args.StandardRestore(abstract)})
         return self._manager.restore(self.pick(step), args=args)[item]

@@ -17,12 +17,14 @@ from jaxdiff.build import compute_dtype
 from jaxdiff.data import device_batches, eval_batches, train_batches
 from jaxdiff.errors import ConfigError, Stopped
 from jaxdiff.mesh import say
+from jaxdiff.training import averages
 from jaxdiff.training.checkpoint import MONITOR, Checkpoints
 from jaxdiff.training.environment import record_compilation
 from jaxdiff.training.experiments import Experiment
 from jaxdiff.training.flops import least_step_time
 from jaxdiff.training.logging import RunLogger, StepTimer
 from jaxdiff.training.optimizer import recipe_optimizer, total_steps
+from jaxdiff.training.snapshots import Snapshots, state_weights
 from jaxdiff.training.step import TrainState, init_state, make_eval_step, make_train_step
 
 
@@ -73,7 +75,8 @@ def fit(
     total = total_steps(config, len(experiment.train))
     optimizer, schedule = recipe_optimizer(config, total)
     frozen = meshes.put_replicated(experiment.objective.frozen, mesh)
-    inner = (experiment.objective.critic, experiment.objective.memory)
+    others, power = averages.updates(config), averages.widths(config)
+    inner = (experiment.objective.critic, others, experiment.objective.memory)
     train_step = make_train_step(
         experiment.objective,
         optimizer,
@@ -82,10 +85,11 @@ def fit(
         seed=config.seed,
         ema_decay=config.ema_decay,
         accumulate=config.accumulate,
+        averages=others,
     )
     validator = Validator(experiment, config, mesh, frozen)
 
-    checkpoints = Checkpoints(workdir, config.keep)
+    checkpoints, snapshots = Checkpoints(workdir, config.keep), Snapshots(workdir)
     start = 0
     if checkpoints.latest is None:
         state = init_state(experiment.init, optimizer, config.seed, mesh, *inner)
@@ -168,6 +172,11 @@ def fit(
                 read(*pending)
             pending = (done, metrics)
             last = done == total
+            # Before the checkpoint: whoever goes on from that one has all snapshots up to it.
+            if config.ema_snapshot_every and done % config.ema_snapshot_every == 0:
+                jax.block_until_ready(metrics)
+                with timer.pause():
+                    snapshots.save(done, {name: state.averages[name] for name in power})
             if done % config.checkpoint_every == 0 or last:
                 jax.block_until_ready(metrics)
                 with timer.pause():
@@ -180,8 +189,7 @@ def fit(
             if experiment.score and done % config.eval.every == 0 and not last:  # at the end the run itself is scored
                 jax.block_until_ready(metrics)
                 with timer.pause():
-                    weights = state.ema if config.sample.weights == "ema" else state.params
-                    logger.scalars(done, experiment.score(weights))
+                    logger.scalars(done, experiment.score(state_weights(state, config.sample.weights, config)))
             if not last and (done == stop_at or checkpoints.should_stop(done, stop.signum)):
                 read(done, metrics)
                 save(done)

@@ -9,6 +9,7 @@ from ml_collections import ConfigDict
 
 from jaxdiff import mesh as meshes
 from jaxdiff.data import device_batches, train_batches
+from jaxdiff.training.averages import updates
 from jaxdiff.training.experiments import Experiment
 from jaxdiff.training.optimizer import recipe_optimizer, total_steps
 from jaxdiff.training.step import init_state, make_train_step
@@ -35,8 +36,9 @@ def measure_pace(experiment: Experiment, config: ConfigDict, mesh: Mesh) -> Pace
     optimizer, schedule = recipe_optimizer(config, total_steps(config, len(experiment.train)))
     objective, frozen = experiment.objective, meshes.put_replicated(experiment.objective.frozen, mesh)
     options = {"seed": config.seed, "ema_decay": config.ema_decay, "accumulate": config.accumulate}
-    step = make_train_step(objective, optimizer, schedule, mesh, **options)
-    state = init_state(experiment.init, optimizer, config.seed, mesh, objective.critic, objective.memory)
+    others = updates(config)
+    step = make_train_step(objective, optimizer, schedule, mesh, averages=others, **options)
+    state = init_state(experiment.init, optimizer, config.seed, mesh, objective.critic, others, objective.memory)
     batches = train_batches(
         experiment.train,
         seed=config.seed,
@@ -79,6 +81,6 @@ def with_steps(config: ConfigDict, steps: int, num_images: int) -> None:
     config.epochs, config.steps = 0.0, steps
     config.warmup_steps = min(int(config.warmup_steps * share), steps - 1)
     config.log_every = max(1, min(config.log_every, steps // 10))
-    for field in ("sample_every", "checkpoint_every"):
+    for field in ("sample_every", "checkpoint_every", "ema_snapshot_every"):
         if config[field]:
             config[field] = max(1, round(config[field] * share))

@@ -28,11 +28,13 @@ from jaxdiff.keys import named_key
 from jaxdiff.mesh import say
 from jaxdiff.samples import label_names, sample_labels, save_real, save_samples
 from jaxdiff.sampling import check_autoencoder, load_autoencoder
+from jaxdiff.training.averages import updates
 from jaxdiff.training.checkpoint import Checkpoints
 from jaxdiff.training.environment import record_start
 from jaxdiff.training.experiments import Experiment, autoencoder_experiment, diffusion_experiment
 from jaxdiff.training.loop import Result, fit
 from jaxdiff.training.optimizer import recipe_optimizer, total_steps
+from jaxdiff.training.snapshots import state_weights
 from jaxdiff.training.step import new_state
 
 WATCHED = 8  # samples whose way from noise is kept
@@ -187,8 +189,10 @@ def run_import(config: ConfigDict, workdir: pathlib.Path, params: Any, train: So
     else:
         experiment, _ = diffusion_stage(config, workdir, train, val, mesh)
     optimizer, _ = recipe_optimizer(config, total_steps(config, len(train)))
-    inner = experiment.objective
-    create = functools.partial(new_state, optimizer=optimizer, critic=inner.critic, memory=inner.memory)
+    inner, others = experiment.objective, tuple(updates(config))
+    create = functools.partial(
+        new_state, optimizer=optimizer, critic=inner.critic, averages=others, memory=inner.memory
+    )
     key = named_key(config.seed, "init")
     state = jax.jit(create, out_shardings=meshes.replicated(mesh))(meshes.put_replicated(params, mesh), key=key)
     checkpoints = Checkpoints(workdir, config.keep)
@@ -208,7 +212,7 @@ def _finish(
     """Draw the final samples, score them, and say where everything is."""
     settings, num = config.sample, config.eval.num or config.sample.num
     labels = scorer.labels(settings)
-    params = result.state.ema if settings.weights == "ema" else result.state.params
+    params = state_weights(result.state, settings.weights, config)
     samples, watch = scorer.draw(params, settings)
     shown = labels[:WATCHED]
     frames = generator.denoising(params, settings, shown)

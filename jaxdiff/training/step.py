@@ -1,6 +1,6 @@
 """The training state and one optimiser step, jitted over the mesh."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from jaxdiff.keys import named_key
 from jaxdiff.mesh import batch_sharding, replicated
+from jaxdiff.training.averages import Update, new_averages, update_all
 from jaxdiff.training.optimizer import ema_update
 
 Params = Any
@@ -19,7 +20,8 @@ Metrics = dict[str, Float[Array, " batch"]]
 
 
 class TrainState(NamedTuple):
-    """All that a run carries from step to step; replicated, float32 parameters. The critic's are () without one."""
+    """All that a run carries from step to step; replicated, float32 parameters. The critic's are () without one, and so
+    are the averages by name beside `ema`."""
 
     step: Int[Array, ""]
     params: Params
@@ -27,6 +29,7 @@ class TrainState(NamedTuple):
     opt_state: optax.OptState
     critic: Params = ()
     critic_opt_state: optax.OptState = ()
+    averages: Any = ()
     memory: Any = ()  # of the objective, where it has one
 
 
@@ -72,12 +75,13 @@ def init_state(
     seed: int,
     mesh: Mesh,
     critic: Critic | None = None,
+    averages: Iterable[str] = (),
     memory: Memory | None = None,
 ) -> TrainState:
     """State of step 0, on all devices."""
 
     def create(key: PRNGKeyArray) -> TrainState:
-        return new_state(init(key), optimizer, key, critic, memory)
+        return new_state(init(key), optimizer, key, critic, averages, memory)
 
     return jax.jit(create, out_shardings=replicated(mesh))(named_key(seed, "init"))
 
@@ -87,12 +91,12 @@ def new_state(
     optimizer: optax.GradientTransformation,
     key: PRNGKeyArray,
     critic: Critic | None = None,
+    averages: Iterable[str] = (),
     memory: Memory | None = None,
 ) -> TrainState:
-    """State of step 0 with these parameters, the average equal to them; `key` is for the critic's."""
+    """State of step 0 with these parameters, `ema` and the `averages` equal to them; `key` is for the critic's."""
     state = TrainState(jnp.zeros((), jnp.int32), params, jax.tree.map(jnp.copy, params), optimizer.init(params))
-    if memory:
-        state = state._replace(memory=memory.initial)
+    state = state._replace(averages=new_averages(averages, params), memory=memory.initial if memory else ())
     if critic:
         inner = critic.init(jax.random.fold_in(key, 1))
         state = state._replace(critic=inner, critic_opt_state=optimizer.init(inner))
@@ -108,12 +112,13 @@ def make_train_step(
     seed: int,
     ema_decay: float,
     accumulate: int = 1,
+    averages: Mapping[str, Update] | None = None,
 ) -> jax.stages.Wrapped:
     """Jitted (state, batch, frozen) -> (state, metrics); the state is donated, the batch split over the mesh.
 
     Metrics are means over the global batch, with "loss", "lr" and "grad_norm" (before clipping) among them. With
     `accumulate` parts the gradient is the same mean, computed part by part, in 1/accumulate of the memory. `frozen` is
-    that of the objective.
+    that of the objective, `averages` those of the state beside `ema`.
     """
     root, dropout_root = named_key(seed, "train"), named_key(seed, "dropout")
 
@@ -154,7 +159,8 @@ def make_train_step(
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         ema = ema_update(state.ema, params, state.step, ema_decay)
-        state = state._replace(step=state.step + 1, params=params, ema=ema, opt_state=opt_state)
+        others = update_all(state.averages, params, state.step, averages or {})
+        state = state._replace(step=state.step + 1, params=params, ema=ema, opt_state=opt_state, averages=others)
         if objective.memory:
             state = state._replace(memory=objective.memory.update(state.memory, inputs, seen))
         if objective.critic:

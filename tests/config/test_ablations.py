@@ -14,7 +14,7 @@ BASES = {"ldm_cfg": ldm_cfg, "ddpm": ddpm}
 @pytest.mark.parametrize("name", ablations.ABLATIONS)
 def test_changes_what_it_names_only(name, experiment, dataset):
     if name == "global_attention" and experiment == "ldm_cfg" and dataset != "imagenet100":
-        with pytest.raises(ConfigError, match="has attention at all its resolutions: there is no higher one than (4|8)"):
+        with pytest.raises(ConfigError, match="has attention at all its resolutions: .* higher one than (4|8)"):
             ablations.get_config(f"{name},{experiment},{dataset}")
         return
     config = ablations.get_config(f"{name},{experiment},{dataset}")

@@ -23,6 +23,8 @@ def config_of(tiny):
     # Neither the checkpoints, the log nor the epochs of 1,500 images end where the run is stopped.
     config.update(steps=STEPS, log_every=3, checkpoint_every=8, sample_every=0, batch_size=80, accumulate=2)
     config.data.flip = True
+    config.update(ema_sigma_rel=(0.1,), ema_snapshot_every=3)
+    config.sample.weights = "sigma_rel:0.1"
     config.eval.scores = ()
     # With a memory of the losses, which fills within the run.
     config.model.learned_variance = True
@@ -65,6 +67,8 @@ def assert_same(workdir, whole):
     for name, value in reference.items():
         assert value.tobytes() == mine[name].tobytes(), name
     assert records(workdir) == records(whole)
+    snapshots, reference = ({p.name: p.read_bytes() for p in (w / "snapshots").iterdir()} for w in (workdir, whole))
+    assert snapshots == reference and sorted(snapshots) == [f"{step:07d}.npz" for step in range(3, STEPS + 1, 3)]
     assert (workdir / "samples" / "final.png").read_bytes() == (whole / "samples" / "final.png").read_bytes()
     assert json.loads((workdir / "scores.json").read_text()) == json.loads((whole / "scores.json").read_text())
 
@@ -97,6 +101,7 @@ def test_killed_after_a_checkpoint(tiny, tmp_path, whole, monkeypatch):
         run_train(config_of(tiny), workdir)
     monkeypatch.undo()
     assert {r["step"] for r in records(workdir)} >= {9, 12}
+    (workdir / "snapshots" / "0000012.npz").write_bytes(b"torn")  # newer than the checkpoint, it is written again
     run_train(config_of(tiny), workdir)
     assert_same(workdir, whole)
 

@@ -31,7 +31,7 @@ def test_memory_is_the_same_in_parts():
     for accumulate in (1, 2):
         objective, optimizer = Objective(prepare, loss, memory=memory), optax.sgd(0.1)
         step = make_train_step(objective, optimizer, lambda n: 0.1, mesh, seed=0, ema_decay=0.9, accumulate=accumulate)
-        state = init_state(lambda key: jnp.ones(()), optimizer, 0, mesh, None, memory)
+        state = init_state(lambda key: jnp.ones(()), optimizer, 0, mesh, memory=memory)
         batch = meshes.put_batch({"x": np.arange(8, dtype=np.float32)}, mesh)
         state, first = step(state, batch, ())
         np.testing.assert_array_equal(state.memory, 2 * np.arange(8))
