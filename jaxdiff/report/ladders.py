@@ -49,7 +49,7 @@ def table_of(filled: Filled) -> Table:
     lines = [line for line in filled.lines if line.record]
     records = [line.record for line in lines if line.record]
     names = scoring.score_names({name: value for r in reversed(records) for name, value in r["scores"].items()})
-    columns = [scoring.score_column(records, name) for name in names]
+    columns = [scoring.score_column(records, name, digits=4) for name in names]
     heads = [*HEADS, *(["Speed-up"] if filled.table.speedup else [])]
     body = []
     for line in filled.lines:

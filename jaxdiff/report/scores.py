@@ -174,10 +174,11 @@ def score_head(name: str) -> Head:
     return Head(f"{known.label if known else name}{arrow}", meaning, True)
 
 
-def score_column(records: Sequence[Mapping[str, Any]], name: str) -> list[Cell]:
-    """The cells of a score, with the decimals of the greatest; the best is strong, if all have the same N."""
+def score_column(records: Sequence[Mapping[str, Any]], name: str, digits: int = 3) -> list[Cell]:
+    """The cells of a score, with the decimals of the greatest to so many digits; the best is strong, if all have the
+    same N."""
     values = [number(record["scores"].get(name)) for record in records]
-    places = text.decimals([*values, *(floor_of(record, name) for record in records)], 3)
+    places = text.decimals([*values, *(floor_of(record, name) for record in records)], digits)
     known, finite = metric(name), [v for v in values if v is not None]
     same = len({record["protocol"].get("num") for record in records}) == 1
     best = (min if known.lower else max)(finite) if known and same and len(finite) > 1 else None
