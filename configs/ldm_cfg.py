@@ -16,7 +16,8 @@ def get_config(dataset: str = "digits") -> ConfigDict:
     """The experiment on a data set in `jaxdiff.config.DATASETS`."""
     config = fields.base("ldm", dataset)
     config.autoencoder = fields.autoencoder(dataset)
-    config.autoencoder.path = ""  # workdir of a finished configs/vae.py run; empty = train one first
+    # Workdir of a finished configs/vae.py run, in which {workdir} is that of this run; empty = train one first.
+    config.autoencoder.path = ""
     config.autoencoder.latents = ""  # folder of the encoded data set; empty = in that workdir
     config.autoencoder.train = fields.autoencoder_recipe(dataset)
     config.update(fields.recipe())

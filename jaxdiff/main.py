@@ -67,7 +67,7 @@ def run(argv: list[str]) -> None:
         raise ConfigError(f"--workdir={args.workdir[1]}: only --mode=report takes several")
     if args.format and args.mode != "export":
         raise ConfigError(f"--format={args.format}: must be given with --mode=export only")
-    if (args.config.experiment == "ladder") != (args.mode == "ladder"):
+    if (args.config.experiment == "ladder") != (args.mode == "ladder") and args.mode != "report":
         only = "configs/ladder.py is for --mode=ladder" if args.mode != "ladder" else "needs --config=configs/ladder.py"
         raise ConfigError(f"--mode={args.mode} with --config={args.config.name}: {only}")
     # The libraries' running commentary; XLA's while it tries out GPU kernels cannot be turned off later.

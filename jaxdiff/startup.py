@@ -38,14 +38,14 @@ def train(config: ConfigDict, workdir: pathlib.Path, overrides: Collection[str] 
 def ladder(config: ConfigDict, workdir: pathlib.Path, overrides: Collection[str] = ()) -> None:
     """--mode=ladder, for a config as it came from the command line, which gives the fields `overrides`."""
     from jaxdiff.ladder.climb import run_ladder
-    from jaxdiff.ladder.rungs import check_workdir, rung_names, validate
+    from jaxdiff.ladder.rungs import check_workdir, validate
 
     start()
     validate(config, jax.device_count())
     check.check_overrides(config, overrides)
     check_workdir(config, workdir)
     run_ladder(config, workdir)
-    try_report([workdir / name for name in rung_names(config)], workdir / REPORT)
+    try_report([workdir], workdir / REPORT)
 
 
 def prepare(config: ConfigDict) -> None:
@@ -66,13 +66,13 @@ def prepare(config: ConfigDict) -> None:
 def encode(config: ConfigDict, workdir: pathlib.Path) -> None:
     """--mode=encode, for a config as it came from the command line."""
     from jaxdiff.sampling import check_autoencoder
-    from jaxdiff.training.stages import autoencoder_folder, run_encode
+    from jaxdiff.training.stages import run_encode
 
     if config.experiment != "ldm":
         raise ConfigError(f"--mode=encode: {config.name} has no latents; give a config such as configs/ldm_cfg.py")
     start()
     check.validate(config, jax.device_count())
-    check_autoencoder(config, autoencoder_folder(config, workdir))
+    check_autoencoder(config, files.autoencoder_folder(config, workdir))
     run_encode(config, workdir)
 
 
@@ -91,7 +91,7 @@ def import_model(config: ConfigDict, workdir: pathlib.Path, source: pathlib.Path
     if config.experiment == "ldm":
         path = config.autoencoder.path
         check.require(bool(path), "autoencoder.path", path, "the autoencoder's workdir, from --config=configs/vae.py")
-        check_autoencoder(config, pathlib.Path(path))
+        check_autoencoder(config, files.autoencoder_folder(config, workdir))
     if workdir.exists() and (not workdir.is_dir() or any(workdir.iterdir())):
         raise ConfigError(f"--workdir={workdir}: exists and is not empty; give another")
     check.validate_data(config)
@@ -225,7 +225,8 @@ def evaluate(workdir: pathlib.Path, named: str | None, overrides: dict[str, Any]
 
 
 def report(workdirs: Sequence[pathlib.Path], target: pathlib.Path | None) -> None:
-    """--mode=report: one page about the workdirs; `target` may be left out for one. Errors as in `write_report`."""
+    """--mode=report: one page about the workdirs, for a ladder's all its rungs; `target` may be left out for one.
+    Errors as in `write_report`."""
     from jaxdiff.report import write_report
 
     if target is None and len(workdirs) > 1:

@@ -149,7 +149,7 @@ def test_train_stop_go_on_sample(tmp_path):
     assert done.stdout.endswith("report: run/report.html\n")
     assert "tiny.py: is there and no report" in fails("--mode=report", "--workdir=run", "--to=tiny.py", cwd=tmp_path)
     scores = json.loads((run / "scores.json").read_text())
-    assert {"val_loss"} == set(scores["validation"])
+    assert {"val_loss", "val_images"} == set(scores["validation"]) and scores["validation"]["val_images"] == 297
     (record,) = scores["records"]
     assert {"knn_accuracy", "knn_accuracy_real"} == set(record["scores"])
     assert record["protocol"]["step"] == 300 and record["protocol"]["num"] == 16
@@ -216,11 +216,13 @@ def test_autoencoder_alone_then_given_to_another_run(tmp_path):
     wrong = [*ldm, "--config.autoencoder.path=vae", "--config.autoencoder.channels=16"]
     assert "autoencoder.channels = 16" in fails(*wrong, cwd=tmp_path)
     assert "autoencoder.path" in fails(*ldm, "--config.autoencoder.path=elsewhere", cwd=tmp_path)
-    second = jaxdiff(*ldm, "--config.autoencoder.path=vae", cwd=tmp_path)
+    second = jaxdiff(*ldm, "--config.autoencoder.path={workdir}/../vae", cwd=tmp_path)
     assert second.returncode == 0, second.stderr
     assert "autoencoder  " not in second.stdout and not (tmp_path / "ldm" / "autoencoder").exists()
-    # Its place is in the checkpoint, so that sampling finds it from anywhere.
+    # Its place as seen from the workdir is in the checkpoint, so that sampling finds it where both were moved to.
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
-    drawn = jaxdiff("--mode=sample", "--workdir=../ldm", cwd=elsewhere)
+    for name in ("ldm", "vae"):
+        (tmp_path / name).rename(elsewhere / name)
+    drawn = jaxdiff("--mode=sample", "--workdir=elsewhere/ldm", cwd=tmp_path)
     assert drawn.returncode == 0, drawn.stderr

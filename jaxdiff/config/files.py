@@ -98,6 +98,7 @@ ADDED_FIELDS = {
     "eval.every": 0,
     "eval.every_num": 100,
 }
+WORKDIR = "{workdir}"  # in autoencoder.path: the run's own, wherever that is moved to
 FREE_RECIPE_FIELDS = ("log_every", "sample_every", "checkpoint_every", "keep")
 
 
@@ -127,13 +128,15 @@ def save(config: ConfigDict, path: pathlib.Path) -> None:
 def load(path: pathlib.Path) -> ConfigDict:
     """Read what `save` wrote, in this version or an earlier one."""
     config = ConfigDict(_tuples(json.loads(path.read_text())))
-    for name, value in ADDED_FIELDS.items() if config.get("experiment") != "ladder" else ():
+    recipes = [config.get(name, {}) for name in ("ddpm", "ldm")] if config.get("experiment") == "ladder" else [config]
+    for name, value in ADDED_FIELDS.items():
         *parts, field = name.split(".")
-        group: Any = config
-        for part in parts:
-            group = group.get(part, {})
-        if group and field not in group:
-            group[field] = value
+        for recipe in [config] if parts[:1] in (["data"], ["eval"]) else recipes:  # which a ladder has once
+            group: Any = recipe
+            for part in parts:
+                group = group.get(part, {})
+            if group and field not in group:
+                group[field] = value
     if "sample" in config:
         config.sample.guidance = number_or_several(config.sample.guidance)
     return config
@@ -154,11 +157,28 @@ def flatten(config: ConfigDict, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def autoencoder_folder(config: ConfigDict, workdir: pathlib.Path) -> pathlib.Path:
+    """Workdir of the autoencoder of the run in `workdir`: the one that is given, or that of the first stage."""
+    path = config.autoencoder.path.replace(WORKDIR, str(workdir))
+    return pathlib.Path(os.path.normpath(path)) if path else workdir / "autoencoder"
+
+
+def seen_from(config: ConfigDict, workdir: pathlib.Path) -> str:
+    """`autoencoder_folder` as a checkpoint names it: from `workdir` where it moves with it, else absolute."""
+    folder = autoencoder_folder(config, workdir)
+    moves = WORKDIR in config.autoencoder.path or not config.autoencoder.path
+    return os.path.relpath(folder, workdir) if moves else str(folder.resolve())
+
+
 def check_workdir(config: ConfigDict, workdir: pathlib.Path, may_change: Callable[[str], bool] = may_change) -> None:
     """ConfigError when `workdir` was made with another config (but for what `may_change`) or is not one."""
     path = workdir / "config.json"
     if path.exists():
-        old, new = flatten(load(path)), flatten(config)
+        before = load(path)
+        old, new = flatten(before), flatten(config)
+        for flat, whose in ((old, before), (new, config)):  # one folder may be written in several ways
+            if flat.get("autoencoder.path"):
+                flat["autoencoder.path"] = str(autoencoder_folder(whose, workdir).resolve())
         for field in sorted({*old, *new}):
             if not may_change(field) and old.get(field) != new.get(field):
                 raise ConfigError(

@@ -5,12 +5,14 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int, UInt8
 from ml_collections import ConfigDict
 
 from jaxdiff import images
 from jaxdiff import mesh as meshes
+from jaxdiff.build import compute_dtype
 from jaxdiff.clock import Stopwatch
 from jaxdiff.config.fields import guidance_weights
 from jaxdiff.data import load_source
@@ -19,7 +21,7 @@ from jaxdiff.evaluation.imagefiles import read_images
 from jaxdiff.evaluation.judge import Judge
 from jaxdiff.evaluation.likelihood import likelihood_record
 from jaxdiff.evaluation.neighbours import neighbours_sheet
-from jaxdiff.evaluation.records import Record, add_record, describe, read_scores
+from jaxdiff.evaluation.records import Record, add_record, describe, is_of, read_scores
 from jaxdiff.generator import Generator
 from jaxdiff.mesh import say
 from jaxdiff.samples import columns, label_names, sample_labels
@@ -39,16 +41,26 @@ def with_fields(settings: ConfigDict, **fields: Any) -> ConfigDict:
     return ConfigDict({**settings.to_dict(), **fields})
 
 
+def labels_in_words(config: ConfigDict, settings: ConfigDict, num_classes: int) -> str:
+    """Which labels the samples have that `settings` asks for."""
+    if not config.model.conditional:
+        return "none"
+    return f"{settings.classes} in turn" if settings.classes else f"all {num_classes} in turn"
+
+
 def sample_protocol(config: ConfigDict, settings: ConfigDict, step: int, num_classes: int) -> dict[str, Any]:
     """All that the samples of a checkpoint are a function of, as `settings`, the fields `sample`, say."""
-    if not config.model.conditional:
-        labels = "none"
-    else:
-        labels = f"{settings.classes} in turn" if settings.classes else f"all {num_classes} in turn"
     decisive = (*DECISIVE, *(("sigmas", "churn") if config.diffusion.schedule == "edm" else ()))
     # Through JSON, so that it is equal to what is read from a file.
     values = json.loads(json.dumps({name: settings[name] for name in decisive}))
-    return {"images": "samples", "step": step, "ema_decay": config.ema_decay, "labels": labels, **values}
+    return {
+        "images": "samples",
+        "step": step,
+        "ema_decay": config.ema_decay,
+        "labels": labels_in_words(config, settings, num_classes),
+        **values,
+        "dtype": jnp.dtype(compute_dtype(config)).name,
+    }
 
 
 class Scorer:
@@ -80,7 +92,7 @@ class Scorer:
     def known(self, settings: ConfigDict, step: int) -> Record | None:
         """The record in the workdir of what a call would score in the same way; None where there is none."""
         protocol = self._judge.protocol(settings.num, self._described(settings, step))
-        return next((r for r in read_scores(self._workdir)["records"] if r["protocol"] == protocol), None)
+        return next((r for r in read_scores(self._workdir)["records"] if is_of(r, protocol)), None)
 
     def _described(self, settings: ConfigDict, step: int) -> dict[str, Any]:
         sources = averaged_from(self._config, self._workdir, settings, step)
@@ -116,7 +128,7 @@ def keep_record(
     """Put a record into the scores.json of a workdir, a grid of its images beside it, and say what it says."""
     sheet = neighbours_sheet(judge, scored)
     if meshes.is_main():
-        before = [r for r in read_scores(workdir)["records"] if r["protocol"] == record["protocol"]]
+        before = [r for r in read_scores(workdir)["records"] if is_of(r, record["protocol"])]
         pictures = before[0]["pictures"] if before else {}
         shown = scored[:SHOWN]
         width = columns(np.zeros(len(shown)) if labels is None else labels[: len(shown)])

@@ -3,6 +3,7 @@
 import json
 import pathlib
 import re
+from collections.abc import Mapping
 from typing import Any
 
 from jaxdiff.config import files
@@ -10,6 +11,8 @@ from jaxdiff.config import files
 Record = dict[str, Any]  # scores, floor, protocol, seconds, device, pictures
 FILE = "scores.json"
 SHA256 = re.compile(r"\b([0-9a-f]{8})[0-9a-f]{56}\b")
+# kid_low_effnet_lite0 belongs to kid_effnet_lite0, knn_accuracy_real to knn_accuracy.
+COMPANION = re.compile(r"(.+?)_(low|high|std|real)(_.+)?")
 
 
 def read_scores(workdir: pathlib.Path) -> dict[str, Any]:
@@ -21,16 +24,36 @@ def read_scores(workdir: pathlib.Path) -> dict[str, Any]:
     return {"validation": {}, "records": [], **content}
 
 
-def write_validation(workdir: pathlib.Path, validation: dict[str, float]) -> None:
-    """Put down the validation metrics; the records stay."""
-    files.write_json(workdir / FILE, {**read_scores(workdir), "validation": validation})
+def write_validation(workdir: pathlib.Path, validation: dict[str, float], images: int) -> None:
+    """Put down the validation metrics and, as "val_images", of how many images they are; the records stay."""
+    files.write_json(workdir / FILE, {**read_scores(workdir), "validation": {**validation, "val_images": images}})
 
 
 def add_record(workdir: pathlib.Path, record: Record) -> None:
     """Put down a record, in the place of one with the same protocol if there is such."""
     content = read_scores(workdir)
-    others = [r for r in content["records"] if r["protocol"] != record["protocol"]]
+    others = [r for r in content["records"] if not is_of(r, record["protocol"])]
     files.write_json(workdir / FILE, {**content, "records": [*others, record]})
+
+
+def is_of(record: Record, protocol: dict[str, Any]) -> bool:
+    """Whether a record was measured with `protocol`; one that is older than the field "dtype" is of any."""
+    return {"dtype": protocol.get("dtype"), **record["protocol"]} == {"dtype": None, **protocol}
+
+
+def without_companions(scores: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """{score: {"low", "high", "std", "real": what is recorded with it}}: bounds, deviation, value of real images."""
+    own: dict[str, dict[str, Any]] = {}
+    belonging = []
+    for name, value in scores.items():
+        match = COMPANION.fullmatch(name)
+        if match and (base := match[1] + (match[3] or "")) in scores:
+            belonging.append((base, match[2], value))
+        else:
+            own[name] = {}
+    for base, word, value in belonging:
+        own.setdefault(base, {})[word] = value
+    return own
 
 
 def describe(record: Record) -> str:
@@ -46,6 +69,7 @@ def describe(record: Record) -> str:
         guided = f"w = {p['guidance']:g}" + (", " + ", ".join(p["guided"]) if p.get("guided") else "")
         of += f" of step {p['step']:,}, {p['sampler']} {p['steps']} steps {p['spacing']}, eta {p['eta']:g}, {guided}"
         of += f", {p['weights']} weights, seed {p['seed']}, labels {p['labels']}"
+        of += f", {p['dtype']}" if "dtype" in p else ""
     if "bound" in p:
         of += f" at step {p['step']:,}, {p['weights']} weights: {p['bound']}; seed {p['seed']}"
     lines = [scores, f"  of {of}"]

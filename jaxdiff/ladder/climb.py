@@ -39,7 +39,7 @@ def run_ladder(config: ConfigDict, workdir: pathlib.Path) -> None:
     say(f"{config.name} in {config.minutes:g} minutes on {mesh.size} x {mesh.devices.flat[0].device_kind}: {names}")
     if not (workdir / "config.json").exists():  # a data set that is not there leaves nothing behind
         for name in ("ddpm", "ldm"):
-            load_source(rung_config(config, name, workdir).data, "train")
+            load_source(rung_config(config, name).data, "train")
     check_workdir(config, workdir)
     if meshes.is_main():
         workdir.mkdir(parents=True, exist_ok=True)
@@ -54,7 +54,7 @@ def run_ladder(config: ConfigDict, workdir: pathlib.Path) -> None:
 
 def _climb(config: ConfigDict, name: str, workdir: pathlib.Path, mesh: Mesh) -> None:
     """One rung: decide on its steps, train, score."""
-    own, folder = rung_config(config, name, workdir), workdir / name
+    own, folder = rung_config(config, name), workdir / name
     decided = _decide(config, name, own, workdir, mesh)
     _write(workdir)
     with_steps(own, decided["steps"], decided["images"])

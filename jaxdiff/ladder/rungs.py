@@ -22,8 +22,8 @@ def rung_names(config: ConfigDict) -> list[str]:
     return ["autoencoder", "ddpm", "ldm", *(name for name in config.techniques if config.shares[name])]
 
 
-def rung_config(config: ConfigDict, name: str, workdir: pathlib.Path) -> ConfigDict:
-    """The config of one training of a ladder, with the steps of its recipe."""
+def rung_config(config: ConfigDict, name: str) -> ConfigDict:
+    """The config of one training of a ladder, with the steps of its recipe; its workdir is one within the ladder's."""
     recipe = config.ddpm if name == "ddpm" else config.ldm
     own = ConfigDict(recipe.to_dict())
     own.data = ConfigDict({**config.data.to_dict(), **recipe.data.to_dict()})
@@ -33,7 +33,7 @@ def rung_config(config: ConfigDict, name: str, workdir: pathlib.Path) -> ConfigD
     if name == "autoencoder":
         return vae_config(own)
     if name != "ddpm":
-        own.autoencoder.path = str((workdir / "autoencoder").resolve())
+        own.autoencoder.path = f"{files.WORKDIR}/../autoencoder"  # also when the ladder's folder is moved
     if name in config.techniques:
         own.name = f"{name}-{own.name.split('-', 1)[1]}"
         try:
@@ -87,7 +87,7 @@ def validate(config: ConfigDict, num_devices: int) -> None:
     path = config.ldm.autoencoder.path
     check.require(not path, "ldm.autoencoder.path", path, "empty: a ladder trains its own")
     for name in rung_names(config):
-        own = rung_config(config, name, pathlib.Path("."))
+        own = rung_config(config, name)
         try:
             check.validate(own, num_devices)
             for scored in scorings(config, name, own):

@@ -80,7 +80,8 @@ def maps(runs: Sequence[Run], album: Album) -> list[dict[str, Any]]:
                 groups.setdefault(json.dumps(rest, sort_keys=True, default=str), {})[w, steps] = record
         groups = {key: cells for key, cells in groups.items() if len(cells) > 1}
         protocols = [json.loads(key) for key in groups]
-        varying = [k for k in (protocols or [{}])[0] if any(p.get(k) != protocols[0].get(k) for p in protocols)]
+        fields = dict.fromkeys(field for protocol in protocols for field in protocol)
+        varying = [k for k in fields if any(p.get(k) != protocols[0].get(k) for p in protocols)]
         variants = []
         for protocol, cells in zip(protocols, groups.values(), strict=True):
             label = ", ".join(_word(k, protocol.get(k)) for k in varying) or "all"

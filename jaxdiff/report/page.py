@@ -15,7 +15,7 @@ from jaxdiff.errors import ConfigError
 from jaxdiff.report import text
 from jaxdiff.report.curves import read_stages
 from jaxdiff.report.pictures import LEVELS, Album, OverBudgetError
-from jaxdiff.report.reading import read_runs
+from jaxdiff.report.reading import read_ladders, read_runs
 from jaxdiff.report.sections import SECTIONS, Context
 
 GENERATOR = b'<meta name="generator" content="jaxdiff report">'  # of templates/page.html: such a file may be replaced
@@ -46,13 +46,16 @@ def write_report(workdirs: Sequence[pathlib.Path], target: pathlib.Path, limit: 
             break
         except OverBudgetError:
             continue
+    rungs = {run.name: own.config.name for own in read_ladders(runs) for run in own.runs.values()}
     names = [run.name for run in runs if run.own]
+    heading = list(dict.fromkeys(rungs.get(name, name) for name in names))
     page = (
         _environment()
         .get_template("page.html")
         .render(
             names=names,
-            title=", ".join(names),
+            heading=heading,
+            title=", ".join(heading),
             sections=sections,
             notes=album.notes(),
             plotted=data,

@@ -143,3 +143,13 @@ def halves(path: pathlib.Path, gap: int = 16) -> list[UInt8[np.ndarray, "h w 3"]
     if width < 1 or sheet.shape[1] % 2 or (sheet[:, width : width + gap] != 255).any():
         return [sheet]
     return [sheet[:, :width], sheet[:, width + gap :]]
+
+
+def cells(sheet: UInt8[np.ndarray, "H W 3"], size: int, gap: int = 2) -> UInt8[np.ndarray, "n h w 3"] | None:
+    """The places row by row of a grid that `images.grid` made of images of `size` pixels, the last ones of which may be
+    white; None where it is no such grid."""
+    height, width = sheet.shape[:2]
+    if (height + gap) % (size + gap) or (width + gap) % (size + gap):
+        return None
+    tops, lefts = range(0, height, size + gap), range(0, width, size + gap)
+    return np.stack([sheet[top : top + size, left : left + size] for top in tops for left in lefts])

@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 
 from jaxdiff.config import files
 from jaxdiff.errors import ConfigError
+from jaxdiff.ladder.rungs import rung_config, rung_names
 
 STAGES = ("autoencoder", "diffusion")
 TRAINING_PICTURE = re.compile(r"(autoencoder|diffusion)-(\d+)-raw-ema(?:-\d+)?\.png")
@@ -155,9 +156,12 @@ def short_names(workdirs: Sequence[pathlib.Path]) -> list[str]:
 def read_runs(workdirs: Sequence[pathlib.Path]) -> list[Run]:
     """The runs of `workdirs`, each once and in this order, and after each its autoencoder, if not among them.
 
+    The workdir of a ladder stands for those of its rungs.
+
     Raises: ConfigError where one has no config.json, or where there is none at all.
     """
-    distinct = list({path.resolve(): path for path in workdirs}.values())
+    rungs = [rung for workdir in workdirs for rung in _rungs(workdir)]
+    distinct = list({path.resolve(): path for path in rungs}.values())
     if not distinct:
         raise ConfigError("--workdir: none given; give the workdir of a training run")
     runs, seen = [], {path.resolve() for path in distinct}
@@ -174,12 +178,59 @@ def read_runs(workdirs: Sequence[pathlib.Path]) -> list[Run]:
     return runs
 
 
+def _rungs(workdir: pathlib.Path) -> list[pathlib.Path]:
+    """The workdirs of a ladder that there are, or the one that it is itself where it is none."""
+    if (config := ladder_config(workdir)) is None:
+        return [workdir]
+    if found := [workdir / name for name in rung_names(config) if (workdir / name / "config.json").exists()]:
+        return found
+    raise ConfigError(f"--workdir={workdir}: no training of this ladder has begun yet; give another, or wait")
+
+
+def ladder_config(workdir: pathlib.Path) -> ConfigDict | None:
+    """The config of a ladder's workdir; None where it is none, or damaged, or its trainings can no longer be told."""
+    try:
+        config = files.load(workdir / "config.json")
+        if config.experiment != "ladder":
+            return None
+        for name in rung_names(config):
+            rung_config(config, name)
+        return config
+    except (OSError, ValueError, TypeError, AttributeError, KeyError):
+        return None
+
+
+class Ladder(NamedTuple):
+    """A ladder's workdir, and the runs of its rungs by name."""
+
+    workdir: pathlib.Path
+    config: ConfigDict
+    rungs: dict[str, Any]  # ladder.json
+    starts: list[dict[str, Any]]
+    runs: dict[str, Run]
+
+
+def read_ladders(runs: Sequence[Run]) -> list[Ladder]:
+    """The ladders of which `runs` are all the rungs that there are so far."""
+    found = []
+    for folder in dict.fromkeys(run.workdir.absolute().parent for run in runs if run.own):
+        if (config := ladder_config(folder)) is None:
+            continue
+        here = {run.workdir.absolute().name: run for run in runs if run.workdir.absolute().parent == folder}
+        begun = [name for name in rung_names(config) if (folder / name / "config.json").exists()]
+        if begun and all(name in here for name in begun):
+            rungs = mapping(mapping(read_json(folder / "ladder.json")).get("rungs"))
+            starts = read_jsonl(folder / "starts.jsonl")
+            found.append(Ladder(folder, config, rungs, starts, {name: here[name] for name in begun}))
+    return found
+
+
 def _autoencoders(run: Run) -> Iterator[pathlib.Path]:
     if run.config.experiment == "ldm":
         if isinstance(run.meta.get("autoencoder"), str):
             yield run.workdir / run.meta["autoencoder"]
         if run.config.autoencoder.get("path"):
-            yield pathlib.Path(run.config.autoencoder.path)
+            yield files.autoencoder_folder(run.config, run.workdir)
         yield run.workdir / "autoencoder"
 
 

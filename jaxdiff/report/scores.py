@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from jaxdiff.evaluation.records import without_companions
 from jaxdiff.report import text
 from jaxdiff.report.reading import Run, flat, mapping, number
 from jaxdiff.report.tables import Cell, Head, Table
@@ -33,7 +34,6 @@ METRICS = {
     "val_psnr": Metric("PSNR", "dB", False),
     "val_ssim": Metric("SSIM", "structural similarity", False),
 }
-COMPANIONS = ("_low", "_high", "_std", "_real")  # belong to the score before them
 AT_FLOOR = 0.02  # a score within 2 % of its floor, or beyond, is as good as real images are
 BETTER = {True: (" ↓", "; lower is better"), False: (" ↑", "; higher is better")}
 # Fields of a protocol that are columns where rows differ in them: heads.
@@ -47,6 +47,7 @@ DRAWING: dict[str, tuple[str, str, bool]] = {
     "weights": ("Weights", "", False),
     "step": ("Training step", "of the checkpoint", True),
     "labels": ("Labels", "", False),
+    "dtype": ("Computed in", "", False),
 }
 
 
@@ -62,8 +63,7 @@ def metric(name: str) -> Metric | None:
 
 def score_names(scores: Mapping[str, Any]) -> list[str]:
     """Names of the scores among `scores` that have a number, without their companions, the best known ones first."""
-    plain = [name for name in scores if number(scores[name]) is not None]
-    own = [n for n in plain if not any(n.endswith(c) and n.removesuffix(c) in scores for c in COMPANIONS)]
+    own = [name for name in without_companions(scores) if number(scores[name]) is not None]
     order = list(METRICS.values())
     labels = [m.label for m in order]
 
@@ -77,7 +77,12 @@ def score_names(scores: Mapping[str, Any]) -> list[str]:
 def floor_of(record: Mapping[str, Any], name: str) -> float | None:
     """What real images score in place of `name`, None where the record does not say."""
     floor = number(record["floor"].get(name))
-    return number(record["scores"].get(name + "_real")) if floor is None else floor
+    return beside(record["scores"], name, "real") if floor is None else floor
+
+
+def beside(scores: Mapping[str, Any], name: str, word: str) -> float | None:
+    """What is recorded with the score `name` as its "low", "high", "std" or "real"; None where that is no number."""
+    return number(without_companions(scores).get(name, {}).get(word))
 
 
 def at_floor(name: str, value: float, floor: float) -> bool:
@@ -109,7 +114,7 @@ def score_cell(record: Mapping[str, Any], name: str, places: int) -> Cell:
     scores, value, floor = record["scores"], number(record["scores"].get(name)), floor_of(record, name)
     if value is None:
         return Cell("–")
-    low, high, std = (number(scores.get(name + c)) for c in ("_low", "_high", "_std"))
+    low, high, std = (beside(scores, name, word) for word in ("low", "high", "std"))
     shown = text.fixed(value, places)
     if std is not None:
         shown += f" ± {text.fixed(std, places)}"
@@ -144,13 +149,8 @@ def _record_table(rows: list[tuple[Run, dict[str, Any]]]) -> Table:
     names = score_names({name: value for record in reversed(records) for name, value in record["scores"].items()})
     varying = [f for f in DRAWING if len({text.setting(p[f]) for p in protocols if p.get(f) is not None}) > 1]
     head = [Head("Run"), *(Head(*DRAWING[f]) for f in varying), Head("N", "number of images that are scored", True)]
-    columns = []
-    for name in names:
-        known = metric(name)
-        arrow, better = ("", "") if known is None else BETTER[known.lower]
-        meaning = f"{name}: {known.meaning}{better}" if known else name
-        head.append(Head(f"{known.label if known else name}{arrow}", meaning, True))
-        columns.append(_column(records, name))
+    head += map(score_head, names)
+    columns = [score_column(records, name) for name in names]
     body = []
     for k, (run, record) in enumerate(rows):
         cells = [Cell(text.setting(record["protocol"].get(f))) for f in varying]
@@ -166,10 +166,19 @@ def _record_table(rows: list[tuple[Run, dict[str, Any]]]) -> Table:
     return Table(f"Against {reference}", head, body, facts, note, [_protocols(rows)])
 
 
-def _column(records: Sequence[Mapping[str, Any]], name: str) -> list[Cell]:
-    """The cells of a score, with the decimals of the greatest; the best is strong, if all have the same N."""
+def score_head(name: str) -> Head:
+    """The head of a score's column."""
+    known = metric(name)
+    arrow, better = ("", "") if known is None else BETTER[known.lower]
+    meaning = f"{name}: {known.meaning}{better}" if known else name
+    return Head(f"{known.label if known else name}{arrow}", meaning, True)
+
+
+def score_column(records: Sequence[Mapping[str, Any]], name: str, digits: int = 3) -> list[Cell]:
+    """The cells of a score, with the decimals of the greatest to so many digits; the best is strong, if all have the
+    same N."""
     values = [number(record["scores"].get(name)) for record in records]
-    places = text.decimals([*values, *(floor_of(record, name) for record in records)], 3)
+    places = text.decimals([*values, *(floor_of(record, name) for record in records)], digits)
     known, finite = metric(name), [v for v in values if v is not None]
     same = len({record["protocol"].get("num") for record in records}) == 1
     best = (min if known.lower else max)(finite) if known and same and len(finite) > 1 else None
@@ -222,7 +231,13 @@ class _Group(NamedTuple):
 
 
 def _of_validation(name: str) -> bool:
-    return name.startswith(("val_", "rfd_", "rfid"))
+    return name.startswith(("val_", "rfd_", "rfid")) or name.endswith("_distance")
+
+
+def validation_images(run: Run) -> int | None:
+    """Of how many images a run's validation scores are; older versions said it of rFD only."""
+    found = (number(run.validation.get(name)) for name in ("val_images", "rfd_images", "rfid_images"))
+    return next((n for n in found if n is not None), None)
 
 
 VALIDATION = _Group(
@@ -230,7 +245,7 @@ VALIDATION = _Group(
     "the validation images",
     "as the score's name says; none where it names none",
     lambda name: _of_validation(name) and not name.endswith("_images"),
-    lambda run: number(run.validation.get("rfd_images", run.validation.get("rfid_images"))),
+    validation_images,
 )
 FINAL = _Group(
     "Final samples",
@@ -250,7 +265,7 @@ def _label(name: str) -> str:
 
 
 def _plain_cell(scores: Mapping[str, Any], name: str) -> Cell:
-    value, floor = number(scores.get(name)), number(scores.get(name + "_real"))
+    value, floor = number(scores.get(name)), beside(scores, name, "real")
     if value is None or floor is None:
         return Cell(text.figures(value))
     return Cell(

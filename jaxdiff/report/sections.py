@@ -7,11 +7,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxdiff.config.files import flatten
-from jaxdiff.report import galleries, tables, text
+from jaxdiff.report import galleries, ladders, tables, text
 from jaxdiff.report import scores as scoring
 from jaxdiff.report.curves import SMOOTHED, Stage, owners, span
 from jaxdiff.report.pictures import Album
-from jaxdiff.report.reading import Run, number
+from jaxdiff.report.reading import Run, number, read_ladders
 
 
 class Context(NamedTuple):
@@ -33,6 +33,13 @@ class Section(NamedTuple):
 
 
 EXPERIMENTS = {"ldm": "latent diffusion", "ddpm": "diffusion in pixels", "vae": "autoencoder"}
+
+
+def ladder(context: Context) -> Section | None:
+    """The study, where the runs are all those of a ladder."""
+    found = [ladders.describe(own, context.album) for own in read_ladders(context.runs)]
+    intro = "From diffusion in pixels to latents, guidance and techniques: each line against the one that it builds on."
+    return Section("ladder", "The ladder", "ladder.html", {"ladders": found}, intro) if found else None
 
 
 def overview(context: Context) -> Section:
@@ -89,8 +96,8 @@ def validation_fact(run: Run, name: str) -> tuple[str, str, str] | None:
     if value is None:
         value = next(reversed(run.numbers(name)), None)
     labels = {"val_loss": "Validation loss", "val_psnr": "Validation PSNR", "val_ssim": "Validation SSIM"}
-    n = number(run.validation.get("rfd_images"))
-    note = "" if name == "val_loss" else f"{text.figures(n)} validation images" if n else "validation images"
+    n = scoring.validation_images(run)
+    note = "" if name == "val_loss" and not n else f"{text.figures(n)} validation images" if n else "validation images"
     return None if value is None else (labels[name], text.figures(value) + (" dB" if name == "val_psnr" else ""), note)
 
 
@@ -208,6 +215,7 @@ def _tables(key: str, title: str, found: Sequence[tables.Table | None], intro: s
 
 # In the order of the page. A new section of tables is a function that ends in `_tables(...)`, and a line here.
 SECTIONS: tuple[Callable[[Context], Section | None], ...] = (
+    ladder,
     overview,
     curves,
     training,

@@ -47,7 +47,7 @@ def run_train(config: ConfigDict, workdir: pathlib.Path, *, stop_at: int | None 
     say(f"{config.name} on {mesh.size} x {mesh.devices.flat[0].device_kind}, workdir {workdir}")
     train, val = load_source(config.data, "train"), load_source(config.data, "val")
     say(f"{len(train):,} training and {len(val):,} validation images in {len(train.class_names)} classes")
-    _check(config, train)
+    _check(config, workdir, train)
     if meshes.is_main():  # not before the data were found and all is checked: a mistake leaves nothing behind
         files.claim_workdir(config, workdir)
         record_start(workdir, mesh)
@@ -63,17 +63,17 @@ def run_train(config: ConfigDict, workdir: pathlib.Path, *, stop_at: int | None 
             settings = with_fields(config.sample, num=config.eval.every_num)
             experiment = experiment._replace(score=lambda params: scorer.scalars(params, settings))
         result = fit(experiment, config, workdir, mesh, stop_at=stop_at)
-        scores = _finish(config, workdir, generator, scorer, result, train)
+        scores = _finish(config, workdir, generator, scorer, result, train, val)
     say(f"{time.monotonic() - begin:.0f} s in all; checkpoints: {workdir / 'checkpoints'}")
     return scores
 
 
-def _check(config: ConfigDict, train: Source) -> None:
+def _check(config: ConfigDict, workdir: pathlib.Path, train: Source) -> None:
     """What can be checked only with the data, or the autoencoder's workdir, at hand."""
     recipes = {"": config}
     if config.experiment == "ldm":
         if config.autoencoder.path:
-            check_autoencoder(config, pathlib.Path(config.autoencoder.path))
+            check_autoencoder(config, files.autoencoder_folder(config, workdir))
         else:
             recipes["autoencoder.train."] = config.autoencoder.train
     for prefix, recipe in recipes.items():
@@ -99,8 +99,8 @@ def diffusion_stage(
     """The UNet's training, after the stages that it builds on: none in pixels."""
     if config.experiment == "ddpm":
         return diffusion_experiment(config, train, val, mesh)
-    folder = config.autoencoder.path and str(pathlib.Path(config.autoencoder.path).resolve()) or "autoencoder"
     decoder, latents = _latent_stages(config, workdir, train, val, mesh)
+    folder = files.seen_from(config, workdir)
     return diffusion_experiment(config, *latents, mesh, decoder=decoder, autoencoder=folder)
 
 
@@ -108,7 +108,7 @@ def _latent_stages(
     config: ConfigDict, workdir: pathlib.Path, train: Source, val: Source, mesh: Mesh
 ) -> tuple[Decoder, tuple[Source, Source]]:
     """Autoencoder (stage 1) and encoding (stage 2): the decoder, and the latents of train and val."""
-    folder = autoencoder_folder(config, workdir)
+    folder = files.autoencoder_folder(config, workdir)
     if not config.autoencoder.path:
         own = vae_config(config)
         if meshes.is_main():
@@ -131,13 +131,8 @@ def _train_autoencoder(
         scores |= reconstruction.SCORES[name](build_autoencoder(config), result.state.ema, val, mesh)
     say(f"autoencoder: {_table(scores)}  (ema weights)")
     if meshes.is_main():
-        write_validation(workdir, scores)
+        write_validation(workdir, scores, len(val))
     return scores
-
-
-def autoencoder_folder(config: ConfigDict, workdir: pathlib.Path) -> pathlib.Path:
-    """Workdir of the autoencoder: the one that is given, or that of the first stage."""
-    return pathlib.Path(config.autoencoder.path) if config.autoencoder.path else workdir / "autoencoder"
 
 
 def encode_data(
@@ -174,8 +169,7 @@ def run_encode(config: ConfigDict, workdir: pathlib.Path) -> None:
     """--mode=encode: store the latents of the data set by the autoencoder that is given, or that of `workdir`."""
     mesh = meshes.make_mesh()
     train, val = load_source(config.data, "train"), load_source(config.data, "val")
-    folder = autoencoder_folder(config, workdir)
-    encode_data(config, folder, train, val, mesh)
+    encode_data(config, files.autoencoder_folder(config, workdir), train, val, mesh)
 
 
 def run_import(config: ConfigDict, workdir: pathlib.Path, params: Any, train: Source, val: Source) -> None:
@@ -208,6 +202,7 @@ def _finish(
     scorer: Scorer,
     result: Result,
     train: Source,
+    val: Source,
 ) -> dict[str, float]:
     """Draw the final samples, score them, and say where everything is."""
     settings, num = config.sample, config.eval.num or config.sample.num
@@ -218,7 +213,7 @@ def _finish(
     frames = generator.denoising(params, settings, shown)
     say(f"{_table(result.validation)}  (ema weights)")
     if meshes.is_main():
-        write_validation(workdir, result.validation)
+        write_validation(workdir, result.validation, len(val))
         named = labels if config.model.conditional else None
         sheet = save_samples(workdir / "samples" / "final", np.asarray(samples), named, settings)
         np.savez(workdir / "samples" / "denoising.npz", labels=shown, **frames)  # type: ignore[arg-type]

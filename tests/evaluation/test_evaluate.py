@@ -10,7 +10,7 @@ from jaxdiff import mesh as meshes
 from jaxdiff.config import check, files
 from jaxdiff.errors import ConfigError
 from jaxdiff.evaluation.evaluate import run_evaluate
-from jaxdiff.evaluation.records import add_record, read_scores, write_validation
+from jaxdiff.evaluation.records import add_record, is_of, read_scores, write_validation
 from jaxdiff.generator import Generator
 from jaxdiff.startup import workdir_config
 from jaxdiff.training.checkpoint import Checkpoints
@@ -40,11 +40,11 @@ def workdir(tiny, tmp_path_factory):
     return folder
 
 
-def evaluate(workdir, **overrides):
+def evaluate(workdir, again=True, **overrides):
     overrides = {name.replace("__", "."): value for name, value in overrides.items()}
     config = workdir_config(workdir, None, overrides, files.EVALUATE_FIELDS)
     check.validate_eval(config)
-    return run_evaluate(config, workdir, None)
+    return run_evaluate(config, workdir, None, again=again)
 
 
 def test_a_record_for_every_number_of_steps_and_weight(workdir, capsys):
@@ -56,9 +56,15 @@ def test_a_record_for_every_number_of_steps_and_weight(workdir, capsys):
     for record in records:
         p = record["protocol"]
         assert p["num"] == 20 and p["step"] == 3 and p["weights"] == "ema" and p["labels"] == "all 10 in turn"
+        assert p["dtype"] == "float32"
         assert record["seconds"]["sampling"] > 0 and (workdir / record["pictures"]["samples"]).exists()
     assert records[0]["seconds"]["compile"] > records[2]["seconds"]["compile"] == 0
     assert "20 samples of step 3, ddim 2 steps leading, eta 0, w = 1.5, ema weights, seed 0" in capsys.readouterr().out
+    # Records of a version that did not say the dtype are of what is asked for, and are not computed again.
+    older = [{**r, "protocol": {k: v for k, v in r["protocol"].items() if k != "dtype"}} for r in stored["records"]]
+    files.write_json(workdir / "scores.json", {**stored, "records": older})
+    assert evaluate(workdir, again=False, sample__guidance=(0.0, 1.5), eval__steps=(2, 3)) == older
+    assert not is_of(records[0], {**records[0]["protocol"], "dtype": "bfloat16"})
     # The same again takes the place of what it repeats, picture and all; another number of samples does not.
     before = sorted((workdir / "samples").iterdir())
     evaluate(workdir, sample__guidance=1.5, eval__steps=(2,))
@@ -88,7 +94,8 @@ def test_scores_of_earlier_versions_are_validation(tmp_path):
     record = {"protocol": {"num": 1}, "scores": {"x": 1.0}}
     add_record(tmp_path, record)
     assert read_scores(tmp_path) == {"validation": {"val_loss": 1.5}, "records": [record]}
-    write_validation(tmp_path, {"val_loss": 1.0})
+    write_validation(tmp_path, {"val_loss": 1.0}, 297)
+    assert read_scores(tmp_path) == {"validation": {"val_loss": 1.0, "val_images": 297}, "records": [record]}
     add_record(tmp_path, {**record, "scores": {"x": 2.0}})
     assert read_scores(tmp_path)["records"] == [{**record, "scores": {"x": 2.0}}]
     assert read_scores(tmp_path / "none") == {"validation": {}, "records": []}

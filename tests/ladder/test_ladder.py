@@ -1,6 +1,5 @@
 """The ladder: steps from a budget, tables from files, mistakes in a line, and a climb that is stopped and goes on."""
 
-import json
 import os
 import signal
 
@@ -14,6 +13,7 @@ from jaxdiff.ladder import climb
 from jaxdiff.ladder.results import results
 from jaxdiff.ladder.rungs import check_workdir, read_ladder, rung_config, rung_names, validate
 from jaxdiff.training.pace import Length, Pace, choose_steps, with_steps
+from tests.ladder.synthetic import lay, record
 
 
 def test_steps_are_what_the_seconds_allow_within_recipe_and_minimum():
@@ -44,14 +44,45 @@ def test_presets_are_possible_and_shares_leave_time_to_sample(dataset):
     assert set(config.shares) == set(rung_names(config)) and sum(config.shares.values()) < 0.9
 
 
-def test_a_technique_changes_its_fields_and_shares_the_autoencoder(tmp_path):
+def test_a_technique_changes_its_fields_and_shares_the_autoencoder():
     config = preset.get_config()
-    base, cosine = (files.flatten(rung_config(config, name, tmp_path)) for name in ("ldm", "cosine"))
+    base, cosine = (files.flatten(rung_config(config, name)) for name in ("ldm", "cosine"))
     differ = {field for field in base if base[field] != cosine[field]}
     assert differ == {"name", "diffusion.schedule"} and base.keys() == cosine.keys()
-    assert base["autoencoder.path"] == str(tmp_path / "autoencoder")
     config.shares.cosine = 0.0
     assert rung_names(config) == ["autoencoder", "ddpm", "ldm"]
+
+
+def test_a_ladder_can_be_moved_with_its_autoencoder(tmp_path):
+    own, workdir = rung_config(preset.get_config(), "ldm"), tmp_path / "ladder" / "ldm"
+    workdir.mkdir(parents=True)
+    files.claim_workdir(own, workdir)
+    assert files.autoencoder_folder(own, workdir) == tmp_path / "ladder" / "autoencoder"
+    moved = (tmp_path / "ladder").rename(tmp_path / "moved") / "ldm"
+    assert files.autoencoder_folder(files.load(moved / "config.json"), moved) == tmp_path / "moved" / "autoencoder"
+    assert files.seen_from(own, moved) == "../autoencoder"
+    files.claim_workdir(own, moved)
+    # A ladder of an earlier version, which names the place: it goes on there, and only there.
+    older = rung_config(preset.get_config(), "ldm")
+    older.autoencoder.path = str(tmp_path / "moved" / "autoencoder")
+    assert files.seen_from(older, moved) == older.autoencoder.path
+    files.save(older, moved / "config.json")
+    files.check_workdir(own, moved)
+    elsewhere = moved.parent.rename(tmp_path / "elsewhere") / "ldm"
+    with pytest.raises(ConfigError, match=r"config.autoencoder.path = '.*elsewhere.*': .* was made with '.*moved.*'"):
+        files.check_workdir(own, elsewhere)
+
+
+def test_a_ladder_of_an_earlier_version_is_read_with_the_fields_that_are_younger(tmp_path):
+    config = preset.get_config()
+    lay(tmp_path, config, [record(config, "ddpm")])
+    text = (tmp_path / "config.json").read_text()
+    assert text.count('"guidance_rescale": 0.0,') == 2 and text.count('"every": 0,') == 1
+    (tmp_path / "config.json").write_text(text.replace('"guidance_rescale": 0.0,', "").replace('"every": 0,', ""))
+    assert files.flatten(files.load(tmp_path / "config.json")) == files.flatten(config)
+    del (older := record(config, "ddpm"))["protocol"]["guidance_rescale"]
+    files.write_json(tmp_path / "ddpm" / "scores.json", {"records": [older]})
+    assert [line[1] for line in lines_of(results(tmp_path), "1. DDPM")[2:]] == ["40", ""]
 
 
 @pytest.mark.parametrize(
@@ -100,38 +131,6 @@ def test_the_budget_may_change_until_steps_are_decided(tmp_path):
         check_workdir(config, tmp_path)
 
 
-def record(config, rung, num=300, seconds=10.0, scores=None, step=40, **changed):
-    """As --mode=evaluate leaves it."""
-    s = {**rung_config(config, rung, ".").sample.to_dict(), **changed}
-    fields = ("sampler", "steps", "spacing", "eta", "guidance", "guidance_interval", "guidance_rescale")
-    fields += ("autoguidance", "autoguidance_step", "clip", "decode_tile", "weights", "seed")
-    protocol = {"num": num, "images": "samples", "step": step, "labels": "all 10 in turn", **{f: s[f] for f in fields}}
-    protocol |= {"reference": {"name": "val", "num": 297, "sha256": "ab" * 32}, "floor": {"name": "train", "num": num}}
-    protocol["extractor"] = {"name": "effnet_lite0", "weights": "package 0.1", "resize": "bilinear"}
-    kid = {"kid_effnet_lite0": 0.25, "kid_low_effnet_lite0": 0.125, "kid_high_effnet_lite0": 0.5}
-    return {
-        "scores": {"fd_effnet_lite0": 31.5, **kid, **(scores or {})},
-        "floor": {"fd_effnet_lite0": 18.25},
-        "protocol": protocol,
-        "seconds": {"compile": 2.5, "sampling": seconds},
-        "device": "1 x cpu",
-        "pictures": {},
-    }
-
-
-def lay(workdir, config, records):
-    """A ladder's workdir with these records of the rung ddpm."""
-    decided = dict(steps=40, limit="budget", recipe=1500, share_seconds=90.0, step_seconds=0.25, compile_seconds=9.0)
-    decided |= dict(images=1500, image_size=16, classes=10, device="1 x cpu", train_seconds=60.0, score_seconds=30.0)
-    files.save(config, workdir / "config.json")
-    files.write_json(workdir / "ladder.json", {"rungs": {"ddpm": decided}})
-    (workdir / "ddpm").mkdir()
-    files.write_json(workdir / "ddpm" / "scores.json", {"validation": {"val_loss": 0.0625}, "records": records})
-    start = {"time": "2026-01-02T03:04:05+00:00", "command": "python -m jaxdiff.main --mode=ladder", "python": "3.12.1"}
-    start |= {"packages": {"jax": "0.10.2"}, "device": "1 x cpu", "processes": 1}
-    (workdir / "starts.jsonl").write_text(json.dumps(start) + "\n")
-
-
 def lines_of(text, title):
     """The lines of a table of RESULTS.md, as lists of cells."""
     section = text.split(f"## {title}")[1].split("\n## ")[0]
@@ -163,12 +162,13 @@ def test_tables_have_scores_floors_protocol_and_times(tmp_path):
     assert trained["ldm"][1] == "not yet"
     head, _, ddpm, d50, d100, d200, floor = lines_of(text, "2. DDIM")
     assert head[1:] == [
-        *("trained steps", "fd_effnet_lite0", "kid_effnet_lite0", "sampling, s", "images/s", "compiling, s", "speed-up")
+        *("trained steps", "fd_effnet_lite0", "kid_effnet_lite0", "knn_accuracy"),
+        *("sampling, s", "images/s", "compiling, s", "speed-up"),
     ]
-    assert ddpm == ["DDPM, 100 steps", "40", "31.5", "0.25 [0.125, 0.5]", "10", "30", "2.5", "1.00"]
-    assert d50 == ["DDIM, 50 steps", "40", "40", "0.25 [0.125, 0.5]", "4", "75", "2.5", "2.50"]
+    assert ddpm == ["DDPM, 100 steps", "40", "31.5", "0.25 [0.125, 0.5]", "0.875", "10", "30", "2.5", "1.00"]
+    assert d50 == ["DDIM, 50 steps", "40", "40", "0.25 [0.125, 0.5]", "0.875", "4", "75", "2.5", "2.50"]
     assert d100[1] == d200[1] == "not yet"
-    assert floor[:3] == ["real images: floor", "", "18.25"]
+    assert floor[:5] == ["real images: floor", "", "18.25", "", "0.9688"]
     told = text.split("## 2. DDIM")[1].split("|")[0]
     for words in ("N = 300", "297 val images", "ab" * 6, "300 train images", "effnet_lite0 (package 0.1)", "bilinear"):
         assert words in told
@@ -243,14 +243,15 @@ def test_a_ladder_that_is_stopped_goes_on_and_computes_nothing_twice(short, tmp_
     climb_until("evaluate")
     assert done == ["train"]
     text = (workdir / "RESULTS.md").read_text()
-    assert [line[1] for line in lines_of(text, "2. DDIM")[2:]] == ["2", "not yet"]  # a training scores itself
+    assert [line[1] for line in lines_of(text, "2. DDIM")[2:4]] == ["2", "not yet"]  # a training scores itself
     climb_until(None)
     assert done == ["train", "evaluate", "evaluate"]
     after = read_ladder(workdir)["rungs"]["ddpm"]
     assert {name for name in after if after[name] != decided[name]} == {"train_seconds", "score_seconds"}
     text = (workdir / "RESULTS.md").read_text()
     assert text == results(workdir)
-    _, _, ddpm, ddim = lines_of(text, "2. DDIM")
+    _, _, ddpm, ddim, floor = lines_of(text, "2. DDIM")
+    assert floor[0].startswith("real images") and float(floor[2]) > 0.9
     assert [ddpm[0], ddpm[1], ddim[0]] == ["DDPM, 2 steps", "2", "DDIM, 2 steps"]
     assert float(ddim[-1]) > 0 and 0 <= float(ddim[2]) <= 1
 

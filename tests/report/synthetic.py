@@ -35,8 +35,8 @@ def record(sampler: str, steps: int, w: float, picture: str = "") -> dict:
         "scores": {
             f"fd_{EXTRACTOR}": fd,
             f"kid_{EXTRACTOR}": 0.002,
-            f"kid_{EXTRACTOR}_low": 0.001,
-            f"kid_{EXTRACTOR}_high": 0.003,
+            f"kid_low_{EXTRACTOR}": 0.001,
+            f"kid_high_{EXTRACTOR}": 0.003,
             "knn_accuracy": 0.91,
             "knn_accuracy_real": 0.98,
         },
@@ -57,6 +57,7 @@ def record(sampler: str, steps: int, w: float, picture: str = "") -> dict:
             "eta": 0.0,
             "guidance": w,
             "seed": 0,
+            "dtype": "float32",
         },
         "seconds": {"compile": 12.1, "sampling": 0.25 * steps, "features": 5.0, "scores": 0.2},
         "device": "1 x cpu",
@@ -121,7 +122,9 @@ def make_run(workdir: pathlib.Path, *, seed: int = 0, lr: float = 1e-3) -> pathl
     for k, (sampler, steps, w) in enumerate((s, n, w) for s in ("ddim", "ddpm") for n in (5, 20) for w in (0.0, 1.5)):
         images.save_png(samples / f"eval-{k}.png", sheet(seed + 20 + k))
         records.append(record(sampler, steps, w, f"samples/eval-{k}.png"))
-    files.write_json(workdir / "scores.json", {"validation": {"val_loss": 0.117}, "records": records})
+    files.write_json(
+        workdir / "scores.json", {"validation": {"val_loss": 0.117, "val_images": 297}, "records": records}
+    )
     command = "python -m jaxdiff.main --config=configs/ldm_cfg.py --workdir='</script><script>alert(1)</script>'"
     start = {"time": "2025-11-24T09:12:44", "command": command, "python": "3.11.7", "packages": {"jax": "0.10.2"}}
     start |= {"device": "1 x cpu", "mode": "train", "compile_seconds": {"diffusion": 72.1}}

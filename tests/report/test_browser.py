@@ -22,6 +22,7 @@ from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.wait import WebDriverWait
 
 from jaxdiff.report import curves, write_report
+from tests.ladder.synthetic import make_ladder
 from tests.report import synthetic
 
 FLAGS = (
@@ -37,6 +38,12 @@ def report(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     runs = [synthetic.make_run(folder / synthetic.HOSTILE), synthetic.make_run(folder / "two", seed=50, lr=2e-3)]
     return write_report(runs, folder / "report.html")
+
+
+@pytest.fixture(scope="module")
+def ladder_report(tmp_path_factory):
+    folder = make_ladder(tmp_path_factory.mktemp("ladders") / "study")
+    return write_report([folder], folder / "report.html")
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +100,7 @@ def shown(browser, section: str) -> list[str]:
 
 
 @pytest.mark.parametrize("width, scheme", [(1280, "light"), (1280, "dark"), (390, "light")])
-def test_page_loads_alone_and_fits(opened, tmp_path, width, scheme):
+def test_page_loads_alone_and_fits(opened, ladder_report, tmp_path, width, scheme):
     browser = opened(width, scheme)
     picture = shot(browser, tmp_path, f"{width}-{scheme}")
     assert (np.median(picture) > 200) == (scheme == "light")
@@ -107,8 +114,18 @@ def test_page_loads_alone_and_fits(opened, tmp_path, width, scheme):
     assert all(
         browser.execute_script("return [...document.images].map((i) => i.src == 'data:,' || i.naturalWidth > 0)")
     )
+    browser.get(ladder_report.as_uri())
+    shot(browser, tmp_path, f"ladder-{width}-{scheme}")
+    assert browser.execute_script("return document.documentElement.scrollWidth") <= width
+    tops, height, labels = browser.execute_script(BESIDE)
+    rows = [(k + 0.5) * height / len(labels) for k in range(len(labels))]
+    assert labels[0] == "DDPM, 100 steps" and np.abs(np.subtract(tops, rows)).max() < 3  # each beside its own row
 
 
+BESIDE = """const box = (e) => e.getBoundingClientRect(), image = box(document.querySelector('.climb img'));
+  const labels = [...document.querySelectorAll('.climb li')];
+  const middle = (e) => (box(e).top + box(e).bottom) / 2 - image.top;
+  return [labels.map(middle), image.height, labels.map((e) => e.innerText)]"""
 PIXELS = """const inner = (e) => [e, ...(e.shadowRoot ? walk(e.shadowRoot) : [])];
   const walk = (root) => [...root.querySelectorAll('*')].flatMap(inner);
   const near = (d, k, c) => d[k + 3] > 250 && c.every((v, j) => Math.abs(v - d[k + j]) < 24);
