@@ -14,7 +14,10 @@ from jaxdiff.models.dit import DITS
 # The fields `autoencoder` that make the network; the others are of its loss.
 ARCHITECTURE = ("channels", "channel_mult", "num_res_blocks", "attention_levels", "latent_channels", "norm_groups")
 # The fields `model` of all networks; the others are the UNet's alone.
-COMMON = ("name", "conditional", "null_class", "dropout", "learned_variance")
+COMMON = (
+    *("name", "conditional", "null_class", "dropout", "learned_variance"),
+    *("qk_norm", "attention_chunk", "remat"),
+)
 
 
 def compute_dtype(config: ConfigDict) -> Any:
@@ -40,6 +43,9 @@ def build_network(config: ConfigDict, channels: int, num_classes: int) -> Networ
         "num_classes": num_classes if m.conditional else 0,
         "null_class": m.null_class,
         "dropout": m.dropout,
+        "qk_norm": m.qk_norm,
+        "attention_chunk": m.attention_chunk,
+        "remat": m.remat,
         "dtype": compute_dtype(config),
     }
     return NETWORKS[m.name](m, common)
@@ -63,9 +69,6 @@ def _unet(m: ConfigDict, common: dict[str, Any]) -> UNet:
         norm_eps=m.norm_eps,
         freq_shift=m.freq_shift,
         cross_resolution=tuple(m.cross_resolution),
-        qk_norm=m.qk_norm,
-        attention_chunk=m.attention_chunk,
-        remat=m.remat,
     )
 
 

@@ -157,6 +157,8 @@ def _validate_autoencoder(config: ConfigDict) -> int:
 def _validate_network(config: ConfigDict, size: int, size_name: str) -> None:
     m = config.model
     _one_of(config, "model.name", tuple(NETWORKS))
+    _one_of(config, "model.remat", tuple(REMAT))
+    _at_least(config, 0, "model.attention_chunk")
     require(0 <= m.dropout < 1, "model.dropout", m.dropout, "in [0, 1)")
     if m.name in DITS:
         allowed = f"of patches that divide {size_name} = {size}"
@@ -168,8 +170,7 @@ def _validate_network(config: ConfigDict, size: int, size_name: str) -> None:
 def _validate_unet(config: ConfigDict, size: int, size_name: str) -> None:
     m = config.model
     _at_least(config, 1, "model.channels", "model.num_res_blocks", "model.head_dim", "model.norm_groups")
-    _at_least(config, 0, "model.context_tokens", "model.num_heads", "model.attention_chunk")
-    _one_of(config, "model.remat", tuple(REMAT))
+    _at_least(config, 0, "model.context_tokens", "model.num_heads")
     tokens = m.conditional or m.context_tokens == 0
     require(tokens, "model.context_tokens", m.context_tokens, "0 with model.conditional = False")
     require(m.downsample_padding in (0, 1), "model.downsample_padding", m.downsample_padding, "0 or 1")

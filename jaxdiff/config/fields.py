@@ -128,7 +128,8 @@ def unet() -> ConfigDict:
     return ConfigDict(
         dict(
             # unet, or a DiT such as dit_b2: of size s, b, l or xl, with patches of 2, 4 or 8. Of these fields a DiT has
-            # conditional, null_class, dropout and learned_variance; the others are the UNet's alone.
+            # conditional, null_class, dropout, learned_variance, qk_norm, attention_chunk and remat; the others are the
+            # UNet's alone.
             name="unet",
             channels=128,  # width of the first level
             channel_mult=(1, 2, 2, 2),  # one entry a level; 0.5 and the like are possible

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxdiff.models.attention import attend
 from jaxdiff.models.layers import ZEROS, Dtype, timestep_embedding
+from jaxdiff.models.unet import REMAT
 
 WIDTHS = {"s": 384, "b": 768, "l": 1024, "xl": 1152}
 DEPTHS = {"s": 12, "b": 12, "l": 24, "xl": 28}
@@ -66,13 +67,16 @@ def gelu(a: Float[Array, "batch n c"]) -> Float[Array, "batch n c"]:
 class DiTBlock(nn.Module):
     """Attention and a perceptron of width 4 c, each scaled, shifted and gated by the embedding (adaLN-zero).
 
-    The gates start at zero, so that a new block is the identity. Dropout is on the perceptron's inner layer.
+    The gates start at zero, so that a new block is the identity. Dropout is on the perceptron's inner layer. `qk_norm`
+    and `chunk` are as of `Attention`.
     Called as `nn.scan` has it: (h, emb) -> (h, None).
     """
 
     num_heads: int
     dtype: Dtype
     dropout: float = 0.0
+    qk_norm: bool = False
+    chunk: int = 0
     deterministic: bool = True
 
     @nn.compact
@@ -87,7 +91,10 @@ class DiTBlock(nn.Module):
         modulation = dense(6 * c, "modulation", ZEROS)(nn.silu(emb))[:, None]
         shift, scale, gate, shift2, scale2, gate2 = jnp.split(modulation, 6, axis=-1)
         qkv = dense(3 * c, "qkv")(modulated(h, scale, shift)).reshape(b, n, 3, self.num_heads, -1)
-        a = attend(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]).reshape(b, n, c)
+        q, k, v = (qkv[:, :, i] for i in range(3))
+        if self.qk_norm:
+            q, k = (nn.RMSNorm(dtype=self.dtype, name=f"norm_{n}")(a) for n, a in (("q", q), ("k", k)))
+        a = attend(q, k, v, self.chunk).reshape(b, n, c)
         h = h + gate * dense(c, "proj")(a)
         a = gelu(dense(4 * c, "mlp_in")(modulated(h, scale2, shift2)))
         a = nn.Dropout(self.dropout, deterministic=self.deterministic)(a)
@@ -109,7 +116,7 @@ class DiT(nn.Module):
 
     Attributes:
       patch: side of a patch, which becomes one token. width: channels of a token, a multiple of 4 and of `num_heads`.
-      num_classes, null_class: as of the UNet.
+      num_classes, null_class, qk_norm, attention_chunk, remat: as of the UNet.
       dtype: of the computation. Parameters, norms and the output are float32.
     """
 
@@ -121,6 +128,9 @@ class DiT(nn.Module):
     num_classes: int = 0
     null_class: bool = True
     dropout: float = 0.0
+    qk_norm: bool = False
+    attention_chunk: int = 0
+    remat: str = "none"
     dtype: Dtype = jnp.float32
 
     @nn.compact
@@ -138,8 +148,9 @@ class DiT(nn.Module):
         b, rows, columns, _ = h.shape
         h = (h + position_embedding(rows, columns, c)[None].astype(self.dtype)).reshape(b, rows * columns, c)
 
-        inner = (self.num_heads, self.dtype, self.dropout, deterministic)
-        h, _ = stacked(DiTBlock, self.depth)(*inner, name="blocks")(h, emb.astype(self.dtype))
+        inner = (self.num_heads, self.dtype, self.dropout, self.qk_norm, self.attention_chunk, deterministic)
+        block = REMAT[self.remat](DiTBlock, prevent_cse=False)
+        h, _ = stacked(block, self.depth)(*inner, name="blocks")(h, emb.astype(self.dtype))
 
         # The last layer runs in float32: it is cheap, and the sampler would add up bfloat16's rounding of eps.
         modulation = nn.Dense(2 * c, kernel_init=ZEROS, name="modulation_out")(nn.silu(emb))[:, None]

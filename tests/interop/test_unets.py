@@ -281,13 +281,11 @@ def test_import_sample_train_and_export(tiny, tmp_path):
     config.update(steps=2)
     run = tmp_path / "run"
     for field, wrong, right in (
-        ("sample.guidance", 1.0, 0.0),
-        ("model.qk_norm", True, False),
-        ("model.name", "dit_s2", "unet"),
+        ("sample.guidance", 1.0, "0.0"),
+        ("model.qk_norm", True, "False"),
+        ("model.name", "dit_s2", "'unet'"),
     ):
-        with pytest.raises(
-            ConfigError, match=f"config.{field} = {wrong!r}: must be {right!r}, as in .*in, or left out"
-        ):
+        with pytest.raises(ConfigError, match=f"config.{field} = {wrong!r}: must be {right}, as in .*in, or left out"):
             startup.import_model(config.copy_and_resolve_references(), run, source, {field: wrong})
     assert not run.exists()
     startup.import_model(config, run, source, {})
