@@ -203,8 +203,8 @@ def test_operations_are_those_of_all_blocks_and_the_program_of_one():
 
 @pytest.mark.parametrize(("remat", "most"), [("none", 25), ("dots", 15), ("blocks", 3)])
 def test_what_is_kept_for_the_backward_pass(remat, most):
-    """In bfloat16, in numbers a channel of a token and block: inputs of its seven products and of norms, gates and
-    GELU, no more, and with `remat` less."""
+    """In bfloat16, in numbers a channel of a token and block: inputs of its products and of norms, gates and GELU,
+    no more, and with `remat` less."""
     tokens, c, depth = 16, 64, 3
     model = DiT(3, 2, c, depth, 1, dtype=jnp.bfloat16, remat=remat)
 
