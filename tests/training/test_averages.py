@@ -228,6 +228,9 @@ def test_samples_of_a_width_that_was_not_tracked(whole, capsys):
         assert data["arr_0"].shape == (8, 8, 8, 3)
     sources = {"averages": {"sigma_rel": [0.05, 0.1], "steps": [3, 5]}}
     assert averaged_from(config, workdir, config.sample, 5) == sources
+    weak = {"autoguidance": str(workdir), "autoguidance_step": 6}
+    guided = averaged_from(config, workdir, ConfigDict({**config.sample.to_dict(), **weak}), 5)
+    assert guided == {**sources, "autoguidance_averages": {"sigma_rel": [0.05, 0.1], "steps": [3, 6]}}
     settings = ConfigDict({**config.sample.to_dict(), "weights": "sigma_rel:0.1"})
     assert averaged_from(config, workdir, settings, 5) == {}
 
