@@ -49,13 +49,17 @@ def _across(config: ConfigDict) -> Fields:
     return {"model.cross_resolution": tuple(config.model.attention_resolutions)}
 
 
-def _combined(config: ConfigDict) -> Fields:
-    """The study's: schedule, learned variance and attention, of which small latents have all there is."""
+def _enhanced(config: ConfigDict) -> Fields:
+    """Both, but where there is attention at all resolutions already."""
     try:
-        attention = {**_global(config), **_across(config)}
+        return {**_global(config), **_across(config)}
     except ConfigError:
-        attention = _across(config)
-    return {**COSINE, **LEARNED, **attention}
+        return _across(config)
+
+
+def _combined(config: ConfigDict) -> Fields:
+    """The study's: schedule, learned variance and attention."""
+    return {**COSINE, **LEARNED, **_enhanced(config)}
 
 
 ABLATIONS: dict[str, Fields | Callable[[ConfigDict], Fields]] = {
@@ -66,6 +70,7 @@ ABLATIONS: dict[str, Fields | Callable[[ConfigDict], Fields]] = {
     "global_attention": _global,
     "cross_resolution": _across,
     "efficient_attention": {"model.attention_chunk": 64, "model.remat": "blocks"},
+    "enhanced_attention": _enhanced,
     "combined": _combined,
     # What is predicted, and how its error is weighed.
     "x0": {"diffusion.prediction": "x0"},

@@ -15,17 +15,30 @@ from ml_collections import ConfigDict
 
 from jaxdiff.config import fields
 
-# Each is a latent diffusion of its own, with these fields changed. A new one is a line here, and its share below.
-TECHNIQUES: dict[str, dict[str, Any]] = {
-    "cosine": {"diffusion": {"schedule": "cosine"}},
-}
+# Names in configs/ablations.py: each is a latent diffusion of its own, with the fields there changed. A new one is a
+# name here, and its share below.
+TECHNIQUES = ("cosine", "learned_variance", "enhanced_attention", "combined")
 SHARED = ("seed", "dtype", "eval")  # given once, for all trainings
 
 
+def _beside(name: str) -> dict[str, Any]:
+    """What another file of this folder defines, from wherever the command is given."""
+    return runpy.run_path(str(pathlib.Path(__file__).with_name(f"{name}.py")))
+
+
 def _experiment(name: str, dataset: str) -> ConfigDict:
-    """The config of another file of this folder, from wherever the command is given."""
-    config: ConfigDict = runpy.run_path(str(pathlib.Path(__file__).with_name(f"{name}.py")))["get_config"](dataset)
+    config: ConfigDict = _beside(name)["get_config"](dataset)
     return config
+
+
+def _technique(name: str, config: ConfigDict) -> ConfigDict:
+    """The fields that a technique changes, in their groups."""
+    changed = _beside("ablations")["ABLATIONS"][name]
+    groups: dict[str, dict[str, Any]] = {}
+    for path, value in (changed(config) if callable(changed) else changed).items():
+        group, field = path.split(".")
+        groups.setdefault(group, {})[field] = value
+    return ConfigDict(groups)
 
 
 def get_config(dataset: str = "digits") -> ConfigDict:
@@ -33,7 +46,7 @@ def get_config(dataset: str = "digits") -> ConfigDict:
     config = fields.base("ladder", dataset)
     config.minutes = 480.0  # for everything
     # Of the minutes; the rest is for sampling and scoring. 0 leaves a technique out.
-    config.shares = ConfigDict(dict(autoencoder=0.15, ddpm=0.25, ldm=0.2, cosine=0.2))
+    config.shares = ConfigDict(dict(autoencoder=0.1, ddpm=0.18, ldm=0.1, **dict.fromkeys(TECHNIQUES, 0.1)))
     config.least_steps = 1000  # that a training gets, whatever its share
     config.ddpm = _experiment("ddpm", dataset)
     own_steps = config.ddpm.sample.steps
@@ -43,11 +56,13 @@ def get_config(dataset: str = "digits") -> ConfigDict:
     config.eval = fields.evaluation(dataset)
     config.eval.steps = (50, 100, 200)  # of DDIM on the pixels' checkpoint
     config.guidance = (1.5, 2.0, 3.0)  # on the latents' checkpoint
-    config.techniques = ConfigDict(TECHNIQUES)
+    config.techniques = ConfigDict({name: _technique(name, config.ldm) for name in TECHNIQUES})
 
     if dataset == "digits":
         config.minutes, config.least_steps = 30.0, 100
-        config.shares.update(autoencoder=0.05, ddpm=0.27, ldm=0.14, cosine=0.14)
+        config.shares.update(autoencoder=0.05, ddpm=0.2, ldm=0.15, cosine=0.15)
+        config.shares.update(dict.fromkeys(TECHNIQUES[1:], 0.0))
+        config.ddpm.data.image_size = 8  # as the digits were before they were enlarged
         config.ddpm.sample.steps = own_steps  # 1000 cost a CPU too much
         config.eval.update(scores=("fd", "kid", "knn_accuracy"), num=300)
 
