@@ -4,7 +4,6 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,7 +17,7 @@ from jaxdiff.build import build_autoencoder, build_network, build_plan, build_pr
 from jaxdiff.config.fields import guidance_weights
 from jaxdiff.data.latents import Whitening
 from jaxdiff.keys import named_key
-from jaxdiff.models import decode_in_parts, decode_tiled
+from jaxdiff.models import Network, decode_in_parts, decode_tiled
 
 
 class Decoder(NamedTuple):
@@ -31,7 +30,7 @@ class Decoder(NamedTuple):
 class Weak(NamedTuple):
     """The weaker model of autoguidance."""
 
-    network: nn.Module
+    network: Network
     params: Any
 
 
@@ -155,7 +154,7 @@ class Generator:
             "parts": (settings.decode_batch, settings.decode_tile),
         }
 
-    def apply_fn(self, network: nn.Module, params: Any) -> Callable[[Array, Array, Array], Any]:
+    def apply_fn(self, network: Network, params: Any) -> Callable[[Array, Array, Array], Any]:
         """(x, t, y) -> prediction, with the variance that is learned beside it."""
         channels = self.shape[-1]
 

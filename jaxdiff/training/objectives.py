@@ -3,7 +3,6 @@
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
@@ -11,7 +10,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from jaxdiff import diffusion
 from jaxdiff.data.latents import Whitening
 from jaxdiff.images import from_batch
-from jaxdiff.models import Posterior
+from jaxdiff.models import Network, Posterior
 from jaxdiff.training.step import Memory, Objective
 
 Batch = dict[str, Array]
@@ -46,7 +45,7 @@ Auxiliary = Callable[[Any, Predicted], Float[Array, " batch"]]  # (parameters, p
 
 
 def diffusion_objective(
-    network: nn.Module,
+    network: Network,
     process: diffusion.Process,
     recipe: Recipe,
     *,
