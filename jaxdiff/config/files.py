@@ -176,9 +176,10 @@ def check_workdir(config: ConfigDict, workdir: pathlib.Path, may_change: Callabl
     if path.exists():
         before = load(path)
         old, new = flatten(before), flatten(config)
-        for flat, whose in ((old, before), (new, config)):  # one folder may be written in several ways
-            if flat.get("autoencoder.path"):
-                flat["autoencoder.path"] = str(autoencoder_folder(whose, workdir).resolve())
+        if old.get("autoencoder.path") and new.get("autoencoder.path"):  # one folder may be written in several ways
+            folders = [autoencoder_folder(whose, workdir).resolve() for whose in (before, config)]
+            if folders[0] == folders[1]:
+                old["autoencoder.path"] = new["autoencoder.path"]
         for field in sorted({*old, *new}):
             if not may_change(field) and old.get(field) != new.get(field):
                 raise ConfigError(

@@ -69,7 +69,9 @@ def test_a_ladder_can_be_moved_with_its_autoencoder(tmp_path):
     files.save(older, moved / "config.json")
     files.check_workdir(own, moved)
     elsewhere = moved.parent.rename(tmp_path / "elsewhere") / "ldm"
-    with pytest.raises(ConfigError, match=r"config.autoencoder.path = '.*elsewhere.*': .* was made with '.*moved.*'"):
+    with pytest.raises(
+        ConfigError, match=r"config.autoencoder.path = '{workdir}.*': .*elsewhere.* was made with '.*moved.*'"
+    ):
         files.check_workdir(own, elsewhere)
 
 
