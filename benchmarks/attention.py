@@ -44,7 +44,7 @@ def compare_forms(n: int, batch: int = 8, heads: int = 4, size: int = 64) -> Non
         *qkv, out = (x.astype(dtype) for x in draws)
 
         def gradients(out: Any, *qkv: Any, chunk: int = chunk) -> Any:
-            return jax.vjp(lambda *x: attend(*x, chunk), *qkv)[1](out)
+            return jax.vjp(lambda *arrays: attend(*arrays, chunk), *qkv)[1](out)
 
         with jax.default_matmul_precision("highest"):
             memory, seconds, grads = measure(gradients, out, *qkv)
