@@ -60,7 +60,7 @@ def get_config(dataset: str = "digits") -> ConfigDict:
 
     if dataset == "digits":
         config.minutes, config.least_steps = 30.0, 100
-        config.shares.update(autoencoder=0.05, ddpm=0.2, ldm=0.15, cosine=0.15)
+        config.shares.update(autoencoder=0.06, ddpm=0.2, ldm=0.15, cosine=0.15)
         config.shares.update(dict.fromkeys(TECHNIQUES[1:], 0.0))
         config.ddpm.data.image_size = 8  # as the digits were before they were enlarged
         config.ddpm.sample.steps = own_steps  # 1000 cost a CPU too much

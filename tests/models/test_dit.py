@@ -15,7 +15,7 @@ from jaxdiff.models import DiT, UNet
 from jaxdiff.models.dit import DITS, DiTBlock, stacked
 from jaxdiff.models.layers import count_params
 from jaxdiff.training.flops import count_flops
-from jaxdiff.training.objectives import diffusion_objective
+from jaxdiff.training.objectives import Recipe, diffusion_objective
 from jaxdiff.training.step import init_state, make_train_step
 from tests.test_autoguidance import save
 
@@ -222,7 +222,9 @@ def test_training_reaches_every_parameter(small, new):
     """Within four steps: at first all but the last layer is behind zeros."""
     optimizer = optax.adam(1e-2)
     mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:1])
-    objective = diffusion_objective(MODEL.clone(dropout=0.0), make_schedule("linear"), label_dropout=0.1)
+    objective = diffusion_objective(
+        MODEL.clone(dropout=0.0), make_schedule("linear"), Recipe(label_dropout=0.1), null_label=4
+    )
     step = make_train_step(objective, optimizer, lambda n: 1e-2, mesh, seed=0, ema_decay=0.9)
     state = init_state(lambda key: new, optimizer, 0, mesh)
     rng = np.random.default_rng(0)

@@ -6,13 +6,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 
 from configs import ablations
 from jaxdiff import mesh as meshes
 from jaxdiff import startup
 from jaxdiff.build import build_network
+from jaxdiff.errors import Stopped
 from jaxdiff.generator import Generator
+from jaxdiff.training.checkpoint import Checkpoints
 from jaxdiff.training.stages import run_train
 from jaxdiff.training.step import Memory, Objective, init_state, make_train_step
 
@@ -45,11 +48,15 @@ def test_the_bound_is_trained_and_evaluated(tiny, tmp_path):
     config = tiny("ddpm")
     config.update_from_flattened_dict(ablations.ABLATIONS["vlb"])
     config.model.update(channel_mult=(1,), attention_resolutions=())
-    config.update(steps=2, batch_size=80)
+    config.update(steps=4, batch_size=80)
     config.diffusion.update(num_steps=8, beta_start=1e-4, beta_end=5e-3, stratified=True)
     config.sample.spacing = "trailing"
     config.eval.scores = ()
+    with pytest.raises(Stopped):
+        run_train(config, tmp_path / "run", stop_at=2)
     run_train(config, tmp_path / "run")
+    memory = ocp.StandardCheckpointer().restore(Checkpoints(tmp_path / "run").folder / "4" / "memory")
+    assert memory["seen"].sum() == 4 * 80  # what was seen before it stopped, too
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert all(line["loss"] > 0 and np.isfinite(line["vlb"]) for line in lines if "vlb" in line) and "vlb" in lines[0]
 
