@@ -379,14 +379,14 @@ def validate_eval(config: ConfigDict) -> None:
         require(used, f"eval.{field}", e[field], f"left out with eval.extractor = {e.extractor!r}")
     found = not inception or pathlib.Path(e.inception).is_file()
     require(found, "eval.inception", e.inception, "a file with InceptionV3's weights, .pth or .safetensors")
-    _at_least(config, 0, "eval.num", "eval.neighbours", "eval.every", "eval.nll")
+    _at_least(config, 0, "eval.num", "eval.neighbours", "eval.every", "eval.nll_num")
     _at_least(config, 1, "eval.splits", "eval.k")
     for steps in e.steps:
         last = math.inf if d.schedule in CONTINUOUS else d.num_steps
         whole = type(steps) is int and 1 <= steps <= last
         require(whole, "eval.steps", steps, f"whole numbers in 1..{last} (diffusion.num_steps)")
     fits = not e.nll or d.schedule not in CONTINUOUS
-    require(fits, "eval.nll", e.nll, f"0 with diffusion.schedule = {d.schedule!r}: the bound is of discrete steps")
+    require(fits, "eval.nll", e.nll, f"False with diffusion.schedule = {d.schedule!r}: the bound is of discrete steps")
     nums = {} if e.images else {"eval.num" if e.num else "sample.num": e.num or s.num}
     nums |= {"eval.every_num": e.every_num} if e.every else {}
     for field, num in nums.items():

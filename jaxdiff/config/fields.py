@@ -239,7 +239,8 @@ def evaluation(dataset: str) -> ConfigDict:
             reference="val",  # images that are compared with: val or train
             splits=10,  # parts that the inception score is the mean over
             k=3,  # neighbours of precision and recall
-            nll=0,  # --mode=evaluate: validation images whose likelihood is bounded, T evaluations each; 0 = none
+            nll=False,  # --mode=evaluate: also the bound on the likelihood of validation images, in bits/dim
+            nll_num=0,  # images of these, of T evaluations each; 0 = all
             neighbours=0,  # samples, those nearest to training images, in a picture with the latter; 0 = none
             every=0,  # training steps between scores of `every_num` samples in the log; 0 = none
             every_num=100,

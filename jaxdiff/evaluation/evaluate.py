@@ -165,7 +165,7 @@ def run_evaluate(config: ConfigDict, workdir: pathlib.Path, step: int | None, *,
     if e.nll:
         protocol = {name: config.sample[name] for name in ("weights", "seed")}
         protocol |= {"step": meta["step"], "ema_decay": config.ema_decay}
-        records.append(likelihood_record(generator, params, config.sample, val, e.nll, protocol))
+        records.append(likelihood_record(generator, params, config.sample, val, e.nll_num, protocol))
         if meshes.is_main():
             add_record(workdir, records[0])
         say(describe(records[0]))

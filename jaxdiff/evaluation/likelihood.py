@@ -21,7 +21,7 @@ from jaxdiff.mesh import say
 def likelihood_record(
     generator: Generator, params: Any, settings: Any, val: Source, num: int, protocol: dict[str, Any]
 ) -> Record:
-    """The record of the bound over the first `num` validation images, all T terms of each at one draw.
+    """The record of the bound over the first `num` (0 = all) validation images, all T terms of each at one draw.
 
     In pixels the last term is the likelihood of 8-bit values. Latents have none: there it is a KL as the others are,
     and the bound says how well latents are modelled, not images. Args: settings, the fields `sample`: seed, batch_size,
@@ -30,7 +30,7 @@ def likelihood_record(
     assert isinstance(generator.process, diffusion.Schedule)
     mesh, watch = generator.mesh, Stopwatch()
     run = jax.jit(functools.partial(_bound, generator, clip=settings.clip))
-    num = min(num, len(val))
+    num = min(num or len(val), len(val))
     size = -(-min(settings.batch_size, num) // mesh.size) * mesh.size
     key = named_key(settings.seed, "likelihood")
     bits = []

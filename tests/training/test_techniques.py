@@ -60,7 +60,9 @@ def test_the_bound_is_trained_and_evaluated(tiny, tmp_path):
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert all(line["loss"] > 0 and np.isfinite(line["vlb"]) for line in lines if "vlb" in line) and "vlb" in lines[0]
 
-    startup.evaluate(tmp_path / "run", None, {"eval.nll": 5, "eval.scores": (), "sample.batch_size": 8}, None)
+    startup.evaluate(
+        tmp_path / "run", None, {"eval.nll": True, "eval.nll_num": 5, "eval.scores": (), "sample.batch_size": 8}, None
+    )
     (record,) = json.loads((tmp_path / "run" / "scores.json").read_text())["records"]
     bits, prior = record["scores"]["bits_per_dim"], record["scores"]["bits_per_dim_prior"]
     assert 0 < prior < bits < 30 and record["protocol"]["num"] == 5
