@@ -75,7 +75,7 @@ def validate(config: ConfigDict, num_devices: int) -> None:
         tracked = isinstance(parse_weights(weights, config), str)
         require(tracked, "sample.weights", weights, "one that is tracked, as in ema_sigma_rel, but for --mode=sample")
         validate_eval(config)
-        for field in ("images", "steps"):
+        for field in ("images", "steps", "nll"):
             value = config.eval[field]
             require(not value, f"eval.{field}", value, "left out, but for --mode=evaluate")
 

@@ -30,6 +30,10 @@ METRICS = {
     "precision": Metric("Precision", "share of the images within the reference's manifold", False),
     "recall": Metric("Recall", "share of the reference within the images' manifold", False),
     "knn_accuracy": Metric("kNN accuracy", "share to which nearest neighbours give the class asked for", False),
+    "bits_per_dim": Metric("Bits/dim", "bound on the negative log-likelihood of images", True),
+    "bits_per_dim_prior": Metric("of it the prior", "KL at the noisiest timestep", True),
+    "latent_bits_per_dim": Metric("Bits/dim of latents", "bound of the latents' model, not of images", True),
+    "latent_bits_per_dim_prior": Metric("of it the prior of latents", "KL at the noisiest timestep", True),
     "val_loss": Metric("Loss", "of validation images", True),
     "val_psnr": Metric("PSNR", "dB", False),
     "val_ssim": Metric("SSIM", "structural similarity", False),
@@ -138,7 +142,7 @@ def record_tables(runs: Sequence[Run]) -> list[Table]:
     groups: dict[str, list[tuple[Run, dict[str, Any]]]] = {}
     for run in runs:
         for record in run.records:
-            shared = [record["protocol"].get(key) for key in ("reference", "extractor", "floor")]
+            shared = [record["protocol"].get(key) for key in ("reference", "extractor", "floor", "bound")]
             groups.setdefault(json.dumps(shared, sort_keys=True, default=str), []).append((run, record))
     return [_record_table(rows) for rows in groups.values()]
 
@@ -156,6 +160,9 @@ def _record_table(rows: list[tuple[Run, dict[str, Any]]]) -> Table:
         cells = [Cell(text.setting(record["protocol"].get(f))) for f in varying]
         n = Cell(text.figures(record["protocol"].get("num")))
         body.append([Cell(run.name), *cells, n, *(column[k] for column in columns)])
+    if bound := protocols[0].get("bound"):
+        facts = [("Bound", text.setting(bound))]
+        return Table("Likelihood of validation images", head, body, facts, "", [_protocols(rows)])
     reference, extractor, floor = reference_of(records[0])
     facts = [("Reference", reference), ("Extractor", extractor), ("Real images (the floor)", floor)]
     shared = {f: p[f] for p in protocols for f in DRAWING if f not in varying and p.get(f) is not None}

@@ -77,6 +77,7 @@ WRONG = [
     ("ddpm", "sample.churn", (1.0, 2.0), "(amount,) or (amount, S_min, S_max, S_noise)"),
     ("ddpm", "sample.churn", (1.0,), "empty, but with diffusion.schedule = 'edm'"),
     ("ddpm", "eval.nll_num", -1, "at least 0"),
+    ("ddpm", "eval.nll", True, "left out, but for --mode=evaluate"),
     ("ddpm", "sample.sampler", "dim", "did you mean 'ddim'"),
     ("ddpm", "sample.spacing", "even", "one of leading, trailing"),
     ("ddpm", "sample.steps", 1001, "1..1000"),
