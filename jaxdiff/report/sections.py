@@ -103,7 +103,8 @@ def validation_fact(run: Run, name: str) -> tuple[str, str, str] | None:
 
 def best_fact(run: Run) -> tuple[str, str, str] | None:
     """The best value of the most telling score of a run's records, with its protocol and floor."""
-    scored = [(name, r) for r in run.records for name in scoring.score_names(r["scores"])[:1]]
+    records = [record for record in run.records if "bound" not in record["protocol"]]  # likelihoods are not of samples
+    scored = [(name, r) for r in records for name in scoring.score_names(r["scores"])[:1]]
     if not scored:
         return None
     names = [name for name, _ in scored]

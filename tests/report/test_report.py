@@ -383,6 +383,18 @@ def test_another_reference_or_extractor_is_another_table(run):
     assert len(scores.record_tables([first._replace(records=[*first.records, other])])) == 2
 
 
+def test_likelihoods_are_a_table_of_their_own(run):
+    first = reading.read_run(run, "one")
+    bits = {"bits_per_dim": 3.327, "bits_per_dim_prior": 1e-5}
+    protocol = {"num": 256, "images": "validation images' likelihood", "bound": "all 1000 terms", "step": 400}
+    record = {"scores": bits, "floor": {}, "protocol": protocol, "seconds": {}, "pictures": {}}
+    run_with = first._replace(records=[record, *first.records])
+    table, _ = scores.record_tables([run_with])
+    assert table.title == "Likelihood of validation images" and dict(table.facts) == {"Bound": "all 1000 terms"}
+    assert [c.text for c in table.rows[0]][:3] == ["one", "256", "3.33"]
+    assert sections.best_fact(run_with) == sections.best_fact(first)
+
+
 def test_scores_of_old_runs_say_what_is_not_recorded(run):
     first = reading.read_run(run, "one")._replace(
         validation={"val_loss": 0.1, "knn_accuracy": 1.0, "knn_accuracy_real": 0.98}
