@@ -14,7 +14,7 @@ from jaxdiff import images
 from jaxdiff.config import files
 from jaxdiff.errors import ConfigError
 from jaxdiff.ladder.tables import TABLES, fill
-from jaxdiff.report import curves, ladders, pictures, reading, scores, tables, text, write_report
+from jaxdiff.report import curves, ladders, pictures, reading, scores, sections, tables, text, write_report
 from tests.ladder.synthetic import make_ladder, shade
 from tests.report import synthetic
 from tests.tiny import tiny_config
