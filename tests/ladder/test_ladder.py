@@ -41,7 +41,11 @@ def test_what_comes_every_so_many_steps_shrinks_with_them(tiny):
 def test_presets_are_possible_and_shares_leave_time_to_sample(dataset):
     config = preset.get_config(dataset)
     validate(config, 1)
-    assert set(config.shares) == set(rung_names(config)) and sum(config.shares.values()) < 0.9
+    given = {name for name, share in config.shares.items() if share}
+    assert given == set(rung_names(config)) and 0.5 < sum(config.shares.values()) < 0.9
+    assert set(config.shares) == {"autoencoder", "ddpm", "ldm", *config.techniques}
+    changed = {field for technique in config.techniques.values() for field in files.flatten(technique)}
+    assert {"diffusion.schedule", "model.learned_variance", "model.cross_resolution"} < changed
 
 
 def test_a_technique_changes_its_fields_and_shares_the_autoencoder():
@@ -91,9 +95,9 @@ def test_a_ladder_of_an_earlier_version_is_read_with_the_fields_that_are_younger
     ("field", "value", "words"),
     [
         ("minutes", 0.0, "config.minutes = 0.0: must be positive"),
-        ("shares.ddpm", 0.9, "must be at most 1 in all, and is 1.23"),
+        ("shares.ddpm", 0.9, "must be at most 1 in all, and is 1.26"),
         ("shares.ddpm", 0.0, "config.shares.ddpm = 0.0: must be positive"),
-        ("shares.dppm", 0.1, "config.shares.dppm = 0.1: must be of one of autoencoder, ddpm, ldm, cosine"),
+        ("shares.dppm", 0.1, "config.shares.dppm = 0.1: must be of one of autoencoder, ddpm, ldm, combined, cosine"),
         ("guidance", (0.0, 2.0), "config.guidance = (0.0, 2.0): must be positive weights"),
         ("eval.steps", (), "config.eval.steps = (): must be the steps of DDIM"),
         ("eval.steps", (50, 2000), "training ddpm: config.eval.steps = 2000: must be whole numbers in 1..1000"),
