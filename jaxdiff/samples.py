@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from jaxdiff import images
 from jaxdiff.config import files
-from jaxdiff.config.check import require
+from jaxdiff.config.require import require
 from jaxdiff.data.sources import Source
 
 WORDNET_ID = re.compile(r"^n\d{8}[_ -]")  # class folders are called n01558993_robin as well as robin

@@ -12,8 +12,8 @@ from ml_collections import ConfigDict
 from jaxdiff import mesh as meshes
 from jaxdiff.build import ARCHITECTURE, build_autoencoder
 from jaxdiff.config import files
-from jaxdiff.config.check import require
 from jaxdiff.config.fields import guidance_weights
+from jaxdiff.config.require import require
 from jaxdiff.data.latents import Whitening, params_hash
 from jaxdiff.errors import ConfigError
 from jaxdiff.generator import Decoder, Generator, Weak

@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 from jaxdiff import mesh as meshes
 from jaxdiff.build import build_autoencoder, build_network
 from jaxdiff.config import check, files
+from jaxdiff.config.require import require
 from jaxdiff.errors import ConfigError
 
 REPORT = "report.html"
@@ -90,7 +91,7 @@ def import_model(config: ConfigDict, workdir: pathlib.Path, source: pathlib.Path
     start()
     if config.experiment == "ldm":
         path = config.autoencoder.path
-        check.require(bool(path), "autoencoder.path", path, "the autoencoder's workdir, from --config=configs/vae.py")
+        require(bool(path), "autoencoder.path", path, "the autoencoder's workdir, from --config=configs/vae.py")
         check_autoencoder(config, files.autoencoder_folder(config, workdir))
     if workdir.exists() and (not workdir.is_dir() or any(workdir.iterdir())):
         raise ConfigError(f"--workdir={workdir}: exists and is not empty; give another")
@@ -116,7 +117,7 @@ def import_model(config: ConfigDict, workdir: pathlib.Path, source: pathlib.Path
         if config.experiment == "ldm":
             scale = config.diffusion.scaling_factor
             allowed = "positive: what the network's pipeline multiplies latents by"
-            check.require(scale > 0, "diffusion.scaling_factor", scale, allowed)
+            require(scale > 0, "diffusion.scaling_factor", scale, allowed)
         params = import_unet(foreign, build_network(config, shape[-1], num_classes), shape, str(source))
     run_import(config, workdir, params, train, val)
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 
-from jaxdiff.config.check import require
+from jaxdiff.config.require import require
 from jaxdiff.data.decode import PROCEDURE, Unreadable, decode_into
 from jaxdiff.data.encoded import UNWANTED, EncodedImages, class_folder, reason, tfds_images
 from jaxdiff.data.records import Manifest, read_manifest

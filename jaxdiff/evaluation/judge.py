@@ -8,7 +8,7 @@ from jaxtyping import Int, UInt8
 from ml_collections import ConfigDict
 
 from jaxdiff.clock import Stopwatch
-from jaxdiff.config.check import require
+from jaxdiff.config.require import require
 from jaxdiff.data.sources import Source, array_source
 from jaxdiff.errors import ConfigError
 from jaxdiff.evaluation.extractors import EXTRACTORS, Extractor, scored_name

@@ -9,6 +9,7 @@ from ml_collections import ConfigDict
 
 from jaxdiff.config import check, files
 from jaxdiff.config.fields import number_or_several
+from jaxdiff.config.require import require
 from jaxdiff.errors import ConfigError
 from jaxdiff.evaluation.evaluate import with_fields
 from jaxdiff.training.stages import vae_config
@@ -65,27 +66,27 @@ def scorings(config: ConfigDict, name: str, own: ConfigDict) -> list[ConfigDict]
 
 def validate(config: ConfigDict, num_devices: int) -> None:
     """ConfigError with one line for what is wrong with a ladder, or with one of its trainings, which it then names."""
-    check.require(config.minutes > 0, "minutes", config.minutes, "positive")
-    check.require(config.least_steps >= 1, "least_steps", config.least_steps, "at least 1")
+    require(config.minutes > 0, "minutes", config.minutes, "positive")
+    require(config.least_steps >= 1, "least_steps", config.least_steps, "at least 1")
     names = ["autoencoder", "ddpm", "ldm"]
     for name in config.techniques:
         free = name not in names
-        check.require(free, f"techniques.{name}", name, f"called other than {', '.join(names)}")
-        check.require(name in config.shares, "shares", sorted(config.shares), f"with one for the technique {name}")
+        require(free, f"techniques.{name}", name, f"called other than {', '.join(names)}")
+        require(name in config.shares, "shares", sorted(config.shares), f"with one for the technique {name}")
     for name, share in config.shares.items():
         known = name in names or name in config.techniques
-        check.require(known, f"shares.{name}", share, f"of one of {', '.join([*names, *config.techniques])}")
+        require(known, f"shares.{name}", share, f"of one of {', '.join([*names, *config.techniques])}")
         positive = share > 0 or (share == 0 and name in config.techniques)
-        check.require(positive, f"shares.{name}", share, "positive; 0 leaves a technique out")
+        require(positive, f"shares.{name}", share, "positive; 0 leaves a technique out")
     total = sum(config.shares.values())
-    check.require(total <= 1, "shares", dict(config.shares), f"at most 1 in all, and is {total:g}")
-    check.require(len(config.eval.steps) > 0, "eval.steps", config.eval.steps, "the steps of DDIM, as in (50,100)")
+    require(total <= 1, "shares", dict(config.shares), f"at most 1 in all, and is {total:g}")
+    require(len(config.eval.steps) > 0, "eval.steps", config.eval.steps, "the steps of DDIM, as in (50,100)")
     w = config.ldm.sample.guidance
-    check.require(w == 0, "ldm.sample.guidance", w, "0: the weights are config.guidance")
+    require(w == 0, "ldm.sample.guidance", w, "0: the weights are config.guidance")
     positive = all(type(w) in (int, float) and w > 0 for w in config.guidance) and len(config.guidance) > 0
-    check.require(positive, "guidance", config.guidance, "positive weights, as in (1.5,2.)")
+    require(positive, "guidance", config.guidance, "positive weights, as in (1.5,2.)")
     path = config.ldm.autoencoder.path
-    check.require(not path, "ldm.autoencoder.path", path, "empty: a ladder trains its own")
+    require(not path, "ldm.autoencoder.path", path, "empty: a ladder trains its own")
     for name in rung_names(config):
         own = rung_config(config, name)
         try:

@@ -14,7 +14,7 @@ from jaxdiff import images
 from jaxdiff import mesh as meshes
 from jaxdiff.build import build_autoencoder
 from jaxdiff.config import files
-from jaxdiff.config.check import require
+from jaxdiff.config.require import require
 from jaxdiff.data import load_source
 from jaxdiff.data.latents import Encoding, Whitening, encode_sources, latent_root, params_hash
 from jaxdiff.data.sources import Source
