@@ -70,12 +70,14 @@ def compare(config: ConfigDict, folder: pathlib.Path, nll: int, mesh: Any) -> No
     begin, kind = time.monotonic(), config.diffusion.schedule
     kind = kind if kind in SAMPLERS else "discrete"
     train, val = load_source(config.data, "train"), load_source(config.data, "val")
+    fresh = not folder.exists()
     files.claim_workdir(config, folder)
     experiment, generator = diffusion_stage(config, folder, train, val, mesh)
     result = fit(experiment, config, folder, mesh)  # restores what is finished
     if not read_scores(folder)["validation"]:
         write_validation(folder, result.validation)
-        files.write_json(folder / "seconds.json", {"training": time.monotonic() - begin})
+        if fresh:  # else it is the seconds of the last start only
+            files.write_json(folder / "seconds.json", {"training": time.monotonic() - begin})
     params, step = result.state.ema, int(result.state.step)
     scorer = Scorer(config, folder, generator, Judge(config.eval, train, val, mesh), train.class_names)
     if nll and kind == "discrete" and not any("bound" in r["protocol"] for r in read_scores(folder)["records"]):
@@ -99,9 +101,10 @@ def write_tables(workdir: pathlib.Path) -> str:
             continue
         records = everything[folder.name] = content["records"]
         bits = [v for r in records for n, v in r["scores"].items() if n.endswith("bits_per_dim")]
-        seconds = json.loads((folder / "seconds.json").read_text())["training"]
+        timed = folder / "seconds.json"
+        seconds = f"{json.loads(timed.read_text())['training']:.0f}" if timed.exists() else ""
         loss = content["validation"]["val_loss"]
-        losses.append(f"| {folder.name} | {loss:.4g} | {f'{bits[0]:.3f}' if bits else ''} | {seconds:.0f} |")
+        losses.append(f"| {folder.name} | {loss:.4g} | {f'{bits[0]:.3f}' if bits else ''} | {seconds} |")
         table: dict[str, list[str]] = {}
         for record in (r for r in records if "sampler" in r["protocol"]):
             (value,) = record["scores"].values()
