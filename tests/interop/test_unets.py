@@ -10,19 +10,20 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from configs import ddpm
-from jaxdiff import diffusion, startup
-from jaxdiff.build import build_autoencoder, build_network, build_process
+from jaxdiff import startup
+from jaxdiff.build import build_autoencoder, build_network
 from jaxdiff.data.latents import Whitening
 from jaxdiff.errors import ConfigError
 from jaxdiff.interop import adm
 from jaxdiff.interop.diffusers import WEIGHTS, autoencoder_names, model_names
 from jaxdiff.interop.importing import import_unet, read_unet
-from jaxdiff.interop.pipeline import fold_whitening, save_pipeline, schedule_fields, scheduler_config
-from jaxdiff.interop.tensors import export_params, import_params
+from jaxdiff.interop.pipeline import save_pipeline, scheduler_config
+from jaxdiff.interop.tensors import import_params
 from jaxdiff.interop.unet2d import unet_config, unet_tensors
 from jaxdiff.models import AutoencoderKL, UNet
 from jaxdiff.training.stages import run_train
-from tests.interop.golden import SCHEDULER_PATH, SCHEDULER_STEPS, UNET_PATH, UNETS, exported_schedulers, weights
+from tests.interop.golden import UNET_PATH, UNETS, weights
+from tests.interop.shapes import shapes_of
 
 GOLDEN = dict(np.load(UNET_PATH))
 ADM = UNET_PATH.parent / "adm_unet"
@@ -57,12 +58,6 @@ def load(folder, num_classes=10):
     config.update_from_flattened_dict(foreign.fields)
     model = build_network(config, 3, num_classes)
     return model, import_unet(foreign, model, (16, 16, 3), str(folder))
-
-
-def shapes_of(abstract, names):
-    """The shapes of the state dict of a tree of shapes."""
-    zeros = jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), abstract)
-    return {key: value.shape for key, value in export_params(zeros, names).items()}
 
 
 def same(a, b):
@@ -223,53 +218,6 @@ def test_what_diffusers_cannot_express(tmp_path, fields, words):
         with pytest.raises(ConfigError, match=f"config.diffusion.{field} = {value!r}: must be .* to export"):
             save_pipeline(config, UNet(3, **FIELDS), {}, (16, 16, 3), tmp_path / "out")
     assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize(("sampler", "spacing", "written"), exported_schedulers())
-def test_schedulers_take_the_steps_that_ours_take(sampler, spacing, written):
-    """diffusers' steps, recorded for the scheduler_config.json that is written."""
-    golden, name = np.load(SCHEDULER_PATH), f"{sampler}/{spacing}"
-    assert written == json.loads(str(golden[f"{name}/config"]))
-    process = build_process(ddpm.get_config("digits"))
-    plan = diffusion.make_plan(process, sampler, steps=SCHEDULER_STEPS, spacing=spacing)
-    assert plan.rows.time[:SCHEDULER_STEPS].tolist() == golden[f"{name}/timesteps"].tolist()
-    state = diffusion.begin(golden["x"])
-    step = jax.jit(lambda row: diffusion.denoise_step(row, state, golden["eps"], golden["z"], clip=True)[0].x)
-    steps = [step(diffusion.plan_row(plan, np.int32(i), 4)) for i in range(SCHEDULER_STEPS)]
-    np.testing.assert_allclose(steps, golden[f"{name}/steps"], atol=1e-5, rtol=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("schedule", "prediction", "zero"),
-    [("linear", "eps", False), ("scaled_linear", "v", True), ("cosine", "x0", False)],
-)
-def test_noise_schedules_come_back(tmp_path, schedule, prediction, zero):
-    config = ddpm.get_config("digits")
-    config.diffusion.update(schedule=schedule, num_steps=500, prediction=prediction, zero_terminal_snr=zero)
-    written = scheduler_config(config)
-    assert (written["beta_start"], written["beta_end"]) == (4e-4, 0.04)  # diffusers does not scale by 1000 / T
-    (tmp_path / "scheduler_config.json").write_text(json.dumps(written))
-    names = ("schedule", "num_steps", "beta_start", "beta_end", "prediction", "zero_terminal_snr")
-    assert schedule_fields(tmp_path) == {f"diffusion.{name}": config.diffusion[name] for name in names}
-    (tmp_path / "scheduler_config.json").write_text(json.dumps({**written, "prediction_type": "flow_prediction"}))
-    with pytest.raises(ConfigError, match="prediction_type = 'flow_prediction'"):
-        schedule_fields(tmp_path)
-
-
-def test_whitening_goes_into_the_convolutions():
-    model = AutoencoderKL(2, 8, (1, 2), 1)
-    image = np.random.default_rng(0).uniform(-1, 1, (2, 8, 8, 3)).astype(np.float32)
-    noise = np.zeros((2, 4, 4, 2), np.float32)
-    abstract = jax.eval_shape(model.init, jax.random.key(0), image, noise)
-    names = autoencoder_names(2)
-    tensors, whitening = weights(shapes_of(abstract, names)), Whitening([0.5, -2.0], [0.25, 3.0])
-    plain, folded = (import_params(t, abstract, names, "here") for t in (tensors, fold_whitening(tensors, whitening)))
-    encode = jax.jit(lambda params: model.apply(params, image, method="encode"))
-    decode = jax.jit(lambda params, z: model.apply(params, z, method="decode"))
-    before, after = encode(plain), encode(folded)
-    np.testing.assert_allclose(after.mean, whitening.whiten(before.mean), atol=1e-5)
-    np.testing.assert_allclose(after.logvar, before.logvar - 2 * np.log([[[[0.25, 3.0]]]]), atol=1e-5)
-    np.testing.assert_allclose(decode(folded, after.mean), decode(plain, before.mean), atol=1e-4)
 
 
 def test_import_sample_train_and_export(tiny, tmp_path):
