@@ -75,7 +75,7 @@ def compare(config: ConfigDict, folder: pathlib.Path, nll: int, mesh: Any) -> No
     experiment, generator = diffusion_stage(config, folder, train, val, mesh)
     result = fit(experiment, config, folder, mesh)  # restores what is finished
     if not read_scores(folder)["validation"]:
-        write_validation(folder, result.validation)
+        write_validation(folder, result.validation, len(val))
         if fresh:  # else it is the seconds of the last start only
             files.write_json(folder / "seconds.json", {"training": time.monotonic() - begin})
     params, step = result.state.ema, int(result.state.step)
