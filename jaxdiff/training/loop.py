@@ -2,7 +2,6 @@
 
 import pathlib
 import signal
-import time
 from typing import Any, NamedTuple
 
 import jax
@@ -16,16 +15,18 @@ from jaxdiff import mesh as meshes
 from jaxdiff.build import compute_dtype
 from jaxdiff.data import device_batches, eval_batches, train_batches
 from jaxdiff.errors import ConfigError, Stopped
+from jaxdiff.keys import named_key
 from jaxdiff.mesh import say
 from jaxdiff.training import averages
 from jaxdiff.training.checkpoint import MONITOR, Checkpoints
+from jaxdiff.training.compiling import Compiling, abstract_batch
 from jaxdiff.training.environment import record_compilation
 from jaxdiff.training.experiments import Experiment
 from jaxdiff.training.flops import least_step_time
 from jaxdiff.training.logging import RunLogger, StepTimer
 from jaxdiff.training.optimizer import recipe_optimizer, total_steps
 from jaxdiff.training.snapshots import Snapshots, state_weights
-from jaxdiff.training.step import TrainState, init_state, make_eval_step, make_train_step
+from jaxdiff.training.step import TrainState, make_eval_step, make_init, make_train_step
 
 
 class StopSignal:
@@ -90,13 +91,17 @@ def fit(
     validator = Validator(experiment, config, mesh, frozen)
 
     checkpoints, snapshots = Checkpoints(workdir, config.keep), Snapshots(workdir)
-    start = 0
+    create, key = make_init(experiment.init, optimizer, mesh, *inner), named_key(config.seed, "init")
+    sharding = meshes.replicated(mesh)
+    abstract = jax.tree.map(
+        lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), jax.eval_shape(create, key)
+    )
+    start, compiling = 0, None
+    if (checkpoints.latest or 0) < total:
+        compiling = Compiling(train_step, abstract, abstract_batch(experiment.train, config, mesh), frozen)
     if checkpoints.latest is None:
-        state = init_state(experiment.init, optimizer, config.seed, mesh, *inner)
+        state = create(key)
     else:
-        abstract = jax.eval_shape(lambda: init_state(experiment.init, optimizer, config.seed, mesh, *inner))
-        sharding = meshes.replicated(mesh)
-        abstract = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), abstract)
         state, meta = checkpoints.restore(abstract)
         start = meta["data"]["batches"]
         check_data(experiment, meta)
@@ -151,19 +156,17 @@ def fit(
         meshes.batch_sharding(mesh),
     )
     pending: tuple[int, dict[str, Any]] | None = None
-    compiled, least = None, None
+    least = None
     with StopSignal() as stop:
         for done, batch in enumerate(batches, start + 1):
-            if compiled is None:  # ahead of the first step, so that no step's time has it in it
-                begin = time.monotonic()
-                traced = train_step.trace(state, batch, frozen)
-                compiled = traced.lower().compile()
-                seconds = time.monotonic() - begin
+            if compiling:  # waited for ahead of the first step, so that no step's time has it in it
+                compiled, seconds = compiling.result()
                 say(f"{experiment.stage}: step compiled in {seconds:.0f} s")
                 if meshes.is_main():
                     record_compilation(workdir, experiment.stage, seconds)
-                    dtype = compute_dtype(config)
-                    least = least_step_time(experiment.stage, traced.jaxpr, config.batch_size, dtype, mesh.size)
+                    jaxpr, dtype = compiling.jaxpr, compute_dtype(config)
+                    least = least_step_time(experiment.stage, jaxpr, config.batch_size, dtype, mesh.size)
+                compiling = None
                 timer.start(start)
             state, metrics = compiled(state, batch, frozen)
             # The metrics of a step are read when the next one is under way, so that the devices never wait, and no

@@ -79,11 +79,23 @@ def init_state(
     memory: Memory | None = None,
 ) -> TrainState:
     """State of step 0, on all devices."""
+    return make_init(init, optimizer, mesh, critic, averages, memory)(named_key(seed, "init"))
+
+
+def make_init(
+    init: Callable[[PRNGKeyArray], Params],
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    critic: Critic | None = None,
+    averages: Iterable[str] = (),
+    memory: Memory | None = None,
+) -> jax.stages.Wrapped:
+    """Jitted key -> state of step 0, on all devices."""
 
     def create(key: PRNGKeyArray) -> TrainState:
         return new_state(init(key), optimizer, key, critic, averages, memory)
 
-    return jax.jit(create, out_shardings=replicated(mesh))(named_key(seed, "init"))
+    return jax.jit(create, out_shardings=replicated(mesh))
 
 
 def new_state(

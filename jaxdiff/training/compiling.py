@@ -1,0 +1,50 @@
+"""The training step's compilation, from shapes alone, while the state is made and the first images are read."""
+
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from jaxdiff.data import Source
+from jaxdiff.mesh import batch_sharding
+
+
+def abstract_batch(source: Source, config: ConfigDict, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes of the training batches of a source, split over the mesh."""
+    one = source.batch(np.zeros(1, int), np.zeros(1, bool) if config.data.flip else None)
+    sharding = batch_sharding(mesh)
+
+    def shape(row: np.ndarray) -> jax.ShapeDtypeStruct:
+        dtype = jax.dtypes.canonicalize_dtype(row.dtype)
+        return jax.ShapeDtypeStruct((config.batch_size, *row.shape[1:]), dtype, sharding=sharding)
+
+    return {name: shape(row) for name, row in one.items()}
+
+
+class Compiling:
+    """A jitted function being compiled for arguments (or their shapes) in a thread of its own.
+
+    It is traced here and now, so that what is wrong with it is an error here; only XLA, which lets other threads run,
+    works behind. Where the run ends before, the process ends when XLA has: it cannot be interrupted.
+    """
+
+    def __init__(self, function: jax.stages.Wrapped, *args: Any) -> None:
+        self._begin = time.monotonic()
+        traced = function.trace(*args)
+        self.jaxpr = traced.jaxpr
+        lowered = traced.lower()
+
+        def compile_it() -> tuple[jax.stages.Compiled, float]:
+            return lowered.compile(), time.monotonic() - self._begin
+
+        pool = ThreadPoolExecutor(1, "compile")
+        self._future = pool.submit(compile_it)
+        pool.shutdown(wait=False)
+
+    def result(self) -> tuple[jax.stages.Compiled, float]:
+        """Wait for the compiled function, and how many seconds it took from tracing on; XLA's errors are raised."""
+        return self._future.result()
