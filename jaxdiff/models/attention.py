@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxdiff.models.layers import DEFAULT_KERNEL, ZEROS, Dtype, group_norm
+from jaxdiff.models.layers import DEFAULT_KERNEL, ZEROS, Dtype, add_bias
+from jaxdiff.models.norm import GroupNorm
 
 
 def attention_kernel(dtype: Dtype, head_dim: int, q_len: int, kv_len: int) -> Literal["cudnn", "xla"]:
@@ -44,6 +45,26 @@ def attend(
     return jax.lax.map(jax.checkpoint(one), q.swapaxes(0, 1), batch_size=chunk).swapaxes(0, 1)
 
 
+class Projections(nn.Module):
+    """`count` linear maps whose parameters lie side by side in one `kernel` and `bias`.
+
+    To split those is cheaper than to split the result, and to put together the gradients of its pieces.
+    """
+
+    features: int
+    count: int
+    dtype: Dtype
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "batch n c"]) -> list[Float[Array, "batch n features"]]:
+        width = self.count * self.features
+        kernel = self.param("kernel", DEFAULT_KERNEL, (x.shape[-1], width)).astype(self.dtype)
+        bias = self.param("bias", ZEROS, (width,))
+        kernels, biases = (jnp.split(a, self.count, axis=-1) for a in (kernel, bias))
+        x = x.astype(self.dtype)
+        return [add_bias(x @ k, b) for k, b in zip(kernels, biases, strict=True)]
+
+
 class Attention(nn.Module):
     """Residual multi-head attention of a feature map to itself, or to `context` tokens when they are given.
 
@@ -68,17 +89,14 @@ class Attention(nn.Module):
     ) -> Float[Array, "batch h w c"]:
         b, height, width, c = x.shape
         heads = self.num_heads or (c // self.head_dim if self.head_dim else 1)
-        h = group_norm(c, self.dtype, self.eps, "norm", self.norm_groups)(x).reshape(b, height * width, c)
-
-        def dense(features: int, name: str) -> nn.Dense:
-            return nn.Dense(features, dtype=self.dtype, name=name)
-
+        h, (x,) = GroupNorm(self.norm_groups, self.eps, self.dtype, name="norm")((x,))
+        h = h.reshape(b, height * width, c)
         if context is None:
-            q, k, v = jnp.split(dense(3 * c, "qkv")(h), 3, axis=-1)
+            q, k, v = Projections(c, 3, self.dtype, name="qkv")(h)
         else:
-            q = dense(c, "q")(h)
+            q = nn.Dense(c, dtype=self.dtype, name="q")(h)
             context = nn.LayerNorm(dtype=self.dtype, name="norm_context")(context)
-            k, v = jnp.split(dense(2 * c, "kv")(context), 2, axis=-1)
+            k, v = Projections(c, 2, self.dtype, name="kv")(context)
         q, k, v = (a.reshape(b, -1, heads, c // heads) for a in (q, k, v))
         if self.qk_norm:
             q, k = (nn.RMSNorm(dtype=self.dtype, name=f"norm_{n}")(a) for n, a in (("q", q), ("k", k)))

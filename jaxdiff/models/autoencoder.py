@@ -7,7 +7,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxdiff.models.attention import Attention
-from jaxdiff.models.layers import Downsample, Dtype, ResBlock, Upsample, conv3x3, group_norm
+from jaxdiff.models.layers import Conv3x3, Downsample, Dtype, ResBlock, Upsample
+from jaxdiff.models.norm import GroupNorm
 
 NORM_EPS = 1e-6
 
@@ -41,7 +42,7 @@ class Encoder(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "batch h w 3"]) -> Float[Array, "batch hf wf 2z"]:
-        h = conv3x3(self.channels, self.dtype, name="conv_in")(x.astype(self.dtype))
+        h = Conv3x3(self.channels, self.dtype, name="conv_in")(x)
         for i, mult in enumerate(self.channel_mult):
             width = self.channels * mult
             for j in range(self.num_res_blocks):
@@ -51,9 +52,8 @@ class Encoder(nn.Module):
             if i < len(self.channel_mult) - 1:
                 h = Downsample(width, self.dtype, padding=(0, 1), name=f"down{i}_resample")(h)
         h = _middle(h, self.norm_groups, self.dtype)
-        return conv3x3(2 * self.latent_channels, self.dtype, name="conv_out")(
-            _norm_act(h, self.norm_groups, self.dtype)
-        )
+        h = _norm_act(h, self.norm_groups, self.dtype)
+        return Conv3x3(2 * self.latent_channels, self.dtype, form="few", name="conv_out")(h)
 
 
 class Decoder(nn.Module):
@@ -69,7 +69,7 @@ class Decoder(nn.Module):
 
     @nn.compact
     def __call__(self, z: Float[Array, "batch hf wf z"]) -> Float[Array, "batch h w out"]:
-        h = conv3x3(self.channels * self.channel_mult[-1], self.dtype, name="conv_in")(z)
+        h = Conv3x3(self.channels * self.channel_mult[-1], self.dtype, name="conv_in")(z)
         h = _middle(h, self.norm_groups, self.dtype)
         for i, mult in reversed(list(enumerate(self.channel_mult))):
             width = self.channels * mult
@@ -79,7 +79,8 @@ class Decoder(nn.Module):
                     h = _attention(self.norm_groups, self.dtype, f"up{i}_{j}_attn")(h)
             if i > 0:
                 h = Upsample(width, self.dtype, name=f"up{i}_resample")(h)
-        return conv3x3(self.out_channels, self.dtype, name="conv_out")(_norm_act(h, self.norm_groups, self.dtype))
+        h = _norm_act(h, self.norm_groups, self.dtype)
+        return Conv3x3(self.out_channels, self.dtype, form="few", name="conv_out")(h)
 
 
 class AutoencoderKL(nn.Module):
@@ -149,4 +150,5 @@ def _middle(h: Array, groups: int, dtype: Dtype) -> Array:
 
 
 def _norm_act(h: Array, groups: int, dtype: Dtype) -> Array:
-    return nn.silu(group_norm(h.shape[-1], dtype, NORM_EPS, "norm_out", groups)(h))
+    h, _ = GroupNorm(groups, NORM_EPS, dtype, silu=True, name="norm_out")((h,))
+    return h

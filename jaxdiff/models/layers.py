@@ -1,12 +1,17 @@
 """The blocks that the UNet and the autoencoder share. Images are NHWC; parameters and norm statistics float32."""
 
+import functools
+import itertools
 import math
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
+
+from jaxdiff.models.norm import GroupNorm
 
 Dtype = Any
 ZEROS = nn.initializers.zeros_init()
@@ -27,15 +32,93 @@ def timestep_embedding(
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
 
-def group_norm(channels: int, dtype: Dtype, eps: float, name: str | None = None, groups: int = 32) -> nn.GroupNorm:
-    """GroupNorm with `groups` groups (the largest divisor of both where that does not divide the channels)."""
-    return nn.GroupNorm(math.gcd(groups, channels), epsilon=eps, dtype=dtype, name=name)
+def add_bias(x: Float[Array, "*rest c"], bias: Float[Array, " c"]) -> Float[Array, "*rest c"]:
+    """Their sum, of the dtype of x."""
+    return x + bias.astype(x.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
 
 
-def conv3x3(features: int, dtype: Dtype, *, zero: bool = False, name: str | None = None) -> nn.Conv:
-    """3x3 convolution with padding 1, zero-initialised on demand."""
-    init = ZEROS if zero else DEFAULT_KERNEL
-    return nn.Conv(features, (3, 3), padding=1, dtype=dtype, kernel_init=init, name=name)
+def convolve(
+    x: Float[Array, "batch h w c"], kernel: Float[Array, "k1 k2 c features"], padding: Sequence[tuple[int, int]]
+) -> Float[Array, "batch h2 w2 features"]:
+    """Convolution of stride 1."""
+    return jax.lax.conv_general_dilated(x, kernel, (1, 1), padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+
+def upsample_convolve(
+    x: Float[Array, "batch h w c"], kernel: Float[Array, "3 3 c features"]
+) -> Float[Array, "batch 2*h 2*w features"]:
+    """3x3 convolution with padding 1 of the image upsampled by 2, from the image itself: 4/9 of the multiplications.
+
+    Of a 3x3 window in the upsampled image two rows (and columns) are of the same pixels, so that their weights add up:
+    a pixel's four successors are four 2x2 convolutions, here one with their outputs side by side.
+    """
+    (b, h, w, c), features = x.shape, kernel.shape[-1]
+    rows = jnp.array([[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]], kernel.dtype)  # [successor, tap, row]
+    folded = jnp.einsum("aps,bqt,stcf->pqcabf", rows, rows, kernel).reshape(2, 2, c, 4 * features)
+    windows = convolve(x, folded.astype(x.dtype), ((1, 1), (1, 1))).reshape(b, h + 1, w + 1, 2, 2, features)
+    y = jnp.stack([windows[:, a : a + h, :, a] for a in (0, 1)], axis=2)  # b h a w+1 b f
+    y = jnp.stack([y[:, :, :, a : a + w, a] for a in (0, 1)], axis=4)
+    return y.reshape(b, 2 * h, 2 * w, features)
+
+
+def project_convolve(
+    x: Float[Array, "batch h w c"], kernel: Float[Array, "3 3 c features"]
+) -> Float[Array, "batch h w features"]:
+    """3x3 convolution with padding 1 to few features, in float32, as a product with all nine taps and nine shifts.
+
+    Convolutions compute at least some 32 features, and take their time for each.
+    """
+    _, h, w, _ = x.shape
+    taps = jnp.einsum("bhwc,stcf->bhwstf", x, kernel.astype(x.dtype), preferred_element_type=jnp.float32)
+    taps = jnp.pad(taps, ((0, 0), (1, 1), (1, 1), (0, 0), (0, 0), (0, 0)))
+    shifted = [taps[:, s : s + h, t : t + w, s, t] for s in range(3) for t in range(3)]
+    return functools.reduce(jnp.add, shifted)
+
+
+Form = Literal["plain", "up", "few"]
+
+
+class Conv3x3(nn.Module):
+    """3x3 convolution with padding 1, zero-initialised on demand, of parameters `kernel` and `bias`.
+
+    Attributes:
+      form: "plain"; "up" = of the image upsampled by 2; "few" = float32 of few features, see `project_convolve`.
+      bias_apart: returns (without bias, bias), for a norm that adds it.
+    """
+
+    features: int
+    dtype: Dtype
+    zero: bool = False
+    form: Form = "plain"
+    bias_apart: bool = False
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "batch h w c"]) -> Any:
+        shape = (3, 3, x.shape[-1], self.features)
+        kernel = self.param("kernel", ZEROS if self.zero else DEFAULT_KERNEL, shape)
+        bias = self.param("bias", ZEROS, shape[-1:])
+        x = x.astype(self.dtype)
+        if self.form == "plain":
+            y = convolve(x, kernel.astype(self.dtype), ((1, 1), (1, 1)))
+        else:
+            y = (upsample_convolve if self.form == "up" else project_convolve)(x, kernel)
+        return (y, bias) if self.bias_apart else add_bias(y, bias)
+
+
+class Conv1x1(nn.Module):
+    """1x1 convolution of a concatenation, of parameters `kernel` and `bias`; the concatenation is not made."""
+
+    features: int
+    dtype: Dtype
+
+    @nn.compact
+    def __call__(self, parts: Sequence[Float[Array, "batch h w _"]]) -> Float[Array, "batch h w features"]:
+        widths = [part.shape[-1] for part in parts]
+        kernel = self.param("kernel", DEFAULT_KERNEL, (1, 1, sum(widths), self.features))[0, 0]
+        bias = self.param("bias", ZEROS, (self.features,))
+        kernels = jnp.split(kernel.astype(self.dtype), list(itertools.accumulate(widths))[:-1])
+        products = [part.astype(self.dtype) @ k for part, k in zip(parts, kernels, strict=True)]
+        return add_bias(functools.reduce(jnp.add, products), bias)
 
 
 def upsample(x: Float[Array, "batch h w c"]) -> Float[Array, "batch 2*h 2*w c"]:
@@ -54,6 +137,7 @@ def average_pool(x: Float[Array, "batch h w c"]) -> Float[Array, "batch h//2 w//
 class ResBlock(nn.Module):
     """Residual block: norm, SiLU, conv, norm (scaled and shifted by the embedding), SiLU, dropout, conv.
 
+    Of a map, or of several as if they were concatenated.
     `resample` is "", "up" or "down": both branches are resampled by 2 before the first convolution (BigGAN, ADM).
     Without `emb` the second norm is a plain one (the autoencoder's block).
     Source: Dhariwal & Nichol 2021 (arXiv 2105.05233), section 3; scale-shift norm: its section 3.1 (AdaGN).
@@ -71,32 +155,35 @@ class ResBlock(nn.Module):
     @nn.compact
     def __call__(
         self,
-        x: Float[Array, "batch h w c"],
+        x: Float[Array, "batch h w c"] | tuple[Float[Array, "batch h w _"], ...],
         emb: Float[Array, "batch d"] | None = None,
         deterministic: bool = True,
     ) -> Float[Array, "batch h2 w2 features"]:
-        h = nn.silu(group_norm(x.shape[-1], self.dtype, self.eps, "norm_in", self.norm_groups)(x))
-        if self.resample:
-            resize = upsample if self.resample == "up" else average_pool
-            h, x = resize(h), resize(x)
-        h = conv3x3(self.features, self.dtype, name="conv_in")(h)
+        def norm(name: str) -> GroupNorm:
+            return GroupNorm(self.norm_groups, self.eps, self.dtype, silu=True, name=name)
 
-        norm = group_norm(self.features, self.dtype, self.eps, "norm_out", self.norm_groups)
-        if emb is None:
-            h = norm(h)
-        else:
+        h, parts = norm("norm_in")(x if isinstance(x, tuple) else (x,))
+        if self.resample == "down":
+            h = average_pool(h)
+        if self.resample:
+            parts = [(upsample if self.resample == "up" else average_pool)(part) for part in parts]
+        form: Form = "up" if self.resample == "up" else "plain"
+        h, bias = Conv3x3(self.features, self.dtype, form=form, bias_apart=True, name="conv_in")(h)
+
+        offset, scale, shift = bias[None], None, None
+        if emb is not None:
             width = self.features * (2 if self.scale_shift_norm else 1)
-            e = nn.Dense(width, dtype=self.dtype, name="emb")(nn.silu(emb))[:, None, None, :]
+            e = nn.Dense(width, dtype=self.dtype, name="emb")(nn.silu(emb))
             if self.scale_shift_norm:
                 scale, shift = jnp.split(e, 2, axis=-1)
-                h = norm(h) * (1 + scale) + shift
             else:
-                h = norm(h + e)
-        h = nn.Dropout(self.dropout, deterministic=deterministic)(nn.silu(h))
-        h = conv3x3(self.features, self.dtype, zero=self.zero_init, name="conv_out")(h)
-        if x.shape[-1] != self.features:
-            x = nn.Conv(self.features, (1, 1), dtype=self.dtype, name="skip")(x)
-        return x + h
+                offset = offset + e
+        h, _ = norm("norm_out")((h,), offset, scale, shift)
+        h = nn.Dropout(self.dropout, deterministic=deterministic)(h)
+        h = Conv3x3(self.features, self.dtype, zero=self.zero_init, name="conv_out")(h)
+        if sum(part.shape[-1] for part in parts) != self.features:
+            return Conv1x1(self.features, self.dtype, name="skip")(parts) + h
+        return jnp.concatenate(parts, axis=-1) + h
 
 
 class Downsample(nn.Module):
@@ -120,7 +207,7 @@ class Upsample(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "batch h w c"]) -> Float[Array, "batch 2*h 2*w features"]:
-        return conv3x3(self.features, self.dtype, name="conv")(upsample(x))
+        return Conv3x3(self.features, self.dtype, form="up", name="conv")(x)
 
 
 def count_params(params: Any) -> int:

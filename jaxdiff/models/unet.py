@@ -11,15 +11,15 @@ from jaxtyping import Array, Float, Int
 
 from jaxdiff.models.attention import Attention
 from jaxdiff.models.layers import (
+    Conv3x3,
     Downsample,
     Dtype,
     ResBlock,
     Upsample,
     average_pool,
-    conv3x3,
-    group_norm,
     timestep_embedding,
 )
+from jaxdiff.models.norm import GroupNorm
 
 
 def keep_products(primitive: Any, *args: Any, **params: Any) -> bool:
@@ -112,7 +112,7 @@ class UNet(nn.Module):
 
         widths = [round(self.channels * m) for m in self.channel_mult]
         last = len(widths) - 1
-        h = conv3x3(widths[0], self.dtype, name="conv_in")(x.astype(self.dtype))
+        h = Conv3x3(widths[0], self.dtype, name="conv_in")(x)
         skips, maps = [h], []
         for i, width in enumerate(widths):
             for j in range(self.num_res_blocks):
@@ -137,8 +137,7 @@ class UNet(nn.Module):
 
         for i, width in reversed(list(enumerate(widths))):
             for j in range(self.num_res_blocks + 1):
-                h = jnp.concatenate([h, skips.pop()], axis=-1)
-                h = res(width, f"up{i}_res{j}")(h, emb, deterministic)
+                h = res(width, f"up{i}_res{j}")((h, skips.pop()), emb, deterministic)
                 if h.shape[1] in self.attention_resolutions:
                     h = attend(h, f"up{i}_{j}")
             if h.shape[1] in self.cross_resolution:
@@ -149,9 +148,9 @@ class UNet(nn.Module):
                 else:
                     h = Upsample(width, self.dtype, name=f"up{i}_resample")(h)
 
-        # The last convolution runs in float32: it is cheap, and the sampler would add up bfloat16's rounding of eps.
-        h = nn.silu(group_norm(h.shape[-1], jnp.float32, self.norm_eps, "norm_out", self.norm_groups)(h))
-        return conv3x3(self.out_channels, jnp.float32, zero=True, name="conv_out")(h)
+        # The last convolution's result is float32: the sampler would add up bfloat16's rounding of eps.
+        h, _ = GroupNorm(self.norm_groups, self.norm_eps, self.dtype, silu=True, name="norm_out")((h,))
+        return Conv3x3(self.out_channels, self.dtype, zero=True, form="few", name="conv_out")(h)
 
     def level_tokens(self, maps: Sequence[Array]) -> Float[Array, "batch m c"]:
         """Each level's last map before the middle, pooled to the lowest's grid and projected to its width c: tokens.

@@ -221,7 +221,7 @@ def test_time_at_the_peak_is_said_and_nothing_fails(unet_steps, monkeypatch, cap
     monkeypatch.setattr(flops, "matmul_peak", lambda dtype: 5e11)
     least = least_step_time("diffusion", whole.jaxpr, 16, jnp.bfloat16, 8)
     assert least == jaxpr_flops(whole.jaxpr) / 8 / 5e11
-    said = "diffusion: 15.3 MFLOP an image, peak 500 GFLOP/s a device (bfloat16 matrix products)\n"
+    said = "diffusion: 15.4 MFLOP an image, peak 500 GFLOP/s a device (bfloat16 matrix products)\n"
     assert capsys.readouterr().out == said
 
     def no_memory(dtype):
