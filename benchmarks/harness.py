@@ -47,7 +47,7 @@ class Work(NamedTuple):
 
 WORKS = {
     "a32": Work((32, 32, 3), 512, 35_746_307, {"channel_mult": (1, 2, 2, 2), "attention_resolutions": (16,), **DDPM}),
-    "p128": Work((128, 128, 3), 64, 90_861_571, {"channel_mult": (1, 1, 2, 3, 4), **DDPM}),
+    "p128": Work((128, 128, 3), 64, 90_860_931, {"channel_mult": (1, 1, 2, 3, 4), **DDPM}),
     "adm128": Work(
         *((128, 128, 3), 16, 421_529_606),
         {

@@ -50,15 +50,16 @@ def upsample_convolve(
     """3x3 convolution with padding 1 of the image upsampled by 2, from the image itself: 4/9 of the multiplications.
 
     Of a 3x3 window in the upsampled image two rows (and columns) are of the same pixels, so that their weights add up:
-    a pixel's four successors are four 2x2 convolutions, here one with their outputs side by side.
+    a pixel's four successors are four 2x2 convolutions.
     """
-    (b, h, w, c), features = x.shape, kernel.shape[-1]
     rows = jnp.array([[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]], kernel.dtype)  # [successor, tap, row]
-    folded = jnp.einsum("aps,bqt,stcf->pqcabf", rows, rows, kernel).reshape(2, 2, c, 4 * features)
-    windows = convolve(x, folded.astype(x.dtype), ((1, 1), (1, 1))).reshape(b, h + 1, w + 1, 2, 2, features)
-    y = jnp.stack([windows[:, a : a + h, :, a] for a in (0, 1)], axis=2)  # b h a w+1 b f
-    y = jnp.stack([y[:, :, :, a : a + w, a] for a in (0, 1)], axis=4)
-    return y.reshape(b, 2 * h, 2 * w, features)
+    folded = jnp.einsum("aps,bqt,stcf->abpqcf", rows, rows, kernel).astype(x.dtype)
+
+    def successor(a: int, b: int) -> Array:
+        y = convolve(x, folded[a, b], ((1 - a, a), (1 - b, b)))
+        return jax.lax.pad(y, jnp.zeros((), y.dtype), ((0, 0, 0), (a, 1 - a, 1), (b, 1 - b, 1), (0, 0, 0)))
+
+    return functools.reduce(jnp.add, [successor(a, b) for a in (0, 1) for b in (0, 1)])
 
 
 def project_convolve(
@@ -72,7 +73,8 @@ def project_convolve(
     taps = jnp.einsum("bhwc,stcf->bhwstf", x, kernel.astype(x.dtype), preferred_element_type=jnp.float32)
     taps = jnp.pad(taps, ((0, 0), (1, 1), (1, 1), (0, 0), (0, 0), (0, 0)))
     shifted = [taps[:, s : s + h, t : t + w, s, t] for s in range(3) for t in range(3)]
-    return functools.reduce(jnp.add, shifted)
+    # Else XLA sums the shifts again wherever the result is used.
+    return jax.lax.optimization_barrier(functools.reduce(jnp.add, shifted))
 
 
 Form = Literal["plain", "up", "few"]

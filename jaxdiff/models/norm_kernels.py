@@ -21,6 +21,7 @@ from jaxdiff.models.norm import Norm
 
 TILE = 4096  # elements of an array that a block of threads has at a time
 WARPS = 8
+SWAP, HINTS, UNROLL = True, False, 1
 NARROWEST = 32  # channels of a block of threads at least, so that it reads whole sectors of memory
 
 
@@ -49,7 +50,7 @@ class Tiles:
         self.blocks = cut(positions, sum(widths), norm.groups)
         self.norm, self.widths, self.positions = norm, widths, positions
         self.column = jnp.arange(self.blocks.columns)
-        self.channel = pl.program_id(1) * self.blocks.used + self.column
+        self.channel = pl.program_id(0 if SWAP else 1) * self.blocks.used + self.column
         self.used = self.column < self.blocks.used
 
     def vector(self, ref: Any) -> Float[Array, " columns"]:
@@ -76,22 +77,24 @@ class Tiles:
             low += width
         return pieces
 
-    def load(self, refs: Sequence[Any], step: Int[Array, ""]) -> Float[Array, "rows columns"]:
-        tiles = [triton.load(ref, mask=own, other=0.0) for ref, own, _ in self._pieces(refs, step)]
+    def load(self, refs: Sequence[Any], step: Int[Array, ""], policy: str | None = None) -> Float[Array, "rows columns"]:
+        tiles = [triton.load(ref, mask=own, other=0.0, eviction_policy=policy) for ref, own, _ in self._pieces(refs, step)]
         return functools.reduce(jnp.add, [tile.astype(jnp.float32) for tile in tiles])
 
     def store(self, refs: Sequence[Any], step: Int[Array, ""], value: Float[Array, "rows columns"]) -> None:
         for (ref, own, _), whole in zip(self._pieces(refs, step), refs, strict=True):
-            triton.store(ref, value.astype(whole.dtype), mask=own)
+            triton.store(ref, value.astype(whole.dtype), mask=own, eviction_policy='evict_first' if HINTS else None)
 
     def sums(self, tile: Callable[[Int[Array, ""]], Sequence[Array]], count: int) -> list[Float[Array, " columns"]]:
         """Sums over all positions of `count` quantities, of which `tile(step)` returns those of a tile."""
         zeros = [jnp.zeros((self.blocks.rows, self.blocks.columns), jnp.float32)] * count
 
         def body(step: Int[Array, ""], totals: Sequence[Array]) -> list[Array]:
-            return [total + value for total, value in zip(totals, tile(step), strict=True)]
-
-        return [total.sum(axis=0) for total in jax.lax.fori_loop(0, self.steps, body, zeros)]
+            for k in range(n):
+                totals = [total + value for total, value in zip(totals, tile(step * n + k), strict=True)]
+            return totals
+        n = UNROLL if self.steps % UNROLL == 0 else 1
+        return [total.sum(axis=0) for total in jax.lax.fori_loop(0, self.steps // n, body, zeros)]
 
     def group_mean(self, value: Float[Array, " columns"]) -> Float[Array, " columns"]:
         """Each channel's mean of its group, of sums over the positions."""
@@ -121,8 +124,8 @@ def forward(norm: Norm, parts: Sequence[Array], offset: Array | None, p: Array, 
         tiles = Tiles(norm, widths, positions)
         shift = tiles.vector(inputs[count])[None, :] if offset is not None else 0.0
 
-        def read(step: Int[Array, ""]) -> Array:
-            return tiles.load(inputs[:count], step) + shift
+        def read(step: Int[Array, ""], policy: Any = "evict_last" if HINTS else None) -> Array:
+            return tiles.load(inputs[:count], step, policy) + shift
 
         def moments(step: Int[Array, ""]) -> list[Array]:
             x = tiles.mask_rows(step, read(step))
@@ -137,7 +140,7 @@ def forward(norm: Norm, parts: Sequence[Array], offset: Array | None, p: Array, 
         whole = Tiles(norm, [sum(widths)], positions)
 
         def write(step: Int[Array, ""], _: Any) -> None:
-            u = read(step) * slope[None, :] + constant[None, :]
+            u = read(step, "evict_first" if HINTS else None) * slope[None, :] + constant[None, :]
             whole.store([y_ref], step, u * jax.nn.sigmoid(u) if norm.silu else u)
 
         jax.lax.fori_loop(0, tiles.steps, write, None)
@@ -172,10 +175,10 @@ def backward(
         if offset is not None:
             mean = mean - tiles.vector(refs_in[-5])  # of the parts alone
 
-        def read(step: Int[Array, ""]) -> tuple[Array, Array]:
+        def read(step: Int[Array, ""], policy: Any = "evict_last" if HINTS else None) -> tuple[Array, Array]:
             """The normalised x, and the gradient of what is before SiLU."""
-            x = (tiles.load(x_refs, step) - mean[None, :]) * inv[None, :]
-            du = whole.load([dy_ref], step)
+            x = (tiles.load(x_refs, step, policy) - mean[None, :]) * inv[None, :]
+            du = whole.load([dy_ref], step, policy)
             if norm.silu:
                 u = x * scale[None, :] + shift[None, :]
                 s = jax.nn.sigmoid(u)
@@ -195,7 +198,7 @@ def backward(
             tiles.store_vector(refs_out[-3], doffset)
 
         def write(step: Int[Array, ""], _: Any) -> None:
-            x, du = read(step)
+            x, du = read(step, "evict_first" if HINTS else None)
             dx = inv[None, :] * (scale[None, :] * du - first[None, :] - x * second[None, :])
             tiles.store(refs_out[:count], step, dx + tiles.load(others, step) if kept else dx)
 
@@ -221,12 +224,12 @@ def _call(
         shapes = [jax.ShapeDtypeStruct((size, *o.shape[1:]), o.dtype) for o in outputs]
 
         def spec(a: Any) -> pl.BlockSpec:
-            return pl.BlockSpec((None, *a.shape[1:]), lambda image, _: (image, *[0] * (a.ndim - 1)))
+            return pl.BlockSpec((None, *a.shape[1:]), lambda i, j: (j if SWAP else i, *[0] * (a.ndim - 1)))
 
         return pl.pallas_call(
             kernel,
             out_shape=shapes,
-            grid=(size, norm.groups * blocks.group // blocks.used),
+            grid=(size, norm.groups * blocks.group // blocks.used)[:: -1 if SWAP else 1],
             in_specs=[spec(a) for a in arrays],
             out_specs=[spec(o) for o in outputs],
             compiler_params=triton.CompilerParams(num_warps=WARPS, num_stages=2),
