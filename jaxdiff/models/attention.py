@@ -46,7 +46,7 @@ def attend(
 
 
 class Projections(nn.Module):
-    """`count` linear maps whose parameters lie side by side in one `kernel` and `bias`.
+    """`count` linear maps whose parameters lie side by side in one `kernel` and `bias`: pairs (x kernel, bias).
 
     To split those is cheaper than to split the result, and to put together the gradients of its pieces.
     """
@@ -56,13 +56,28 @@ class Projections(nn.Module):
     dtype: Dtype
 
     @nn.compact
-    def __call__(self, x: Float[Array, "batch n c"]) -> list[Float[Array, "batch n features"]]:
+    def __call__(
+        self, x: Float[Array, "batch n c"]
+    ) -> list[tuple[Float[Array, "batch n features"], Float[Array, " features"]]]:
         width = self.count * self.features
         kernel = self.param("kernel", DEFAULT_KERNEL, (x.shape[-1], width)).astype(self.dtype)
         bias = self.param("bias", ZEROS, (width,))
         kernels, biases = (jnp.split(a, self.count, axis=-1) for a in (kernel, bias))
-        x = x.astype(self.dtype)
-        return [add_bias(x @ k, b) for k, b in zip(kernels, biases, strict=True)]
+        return [(x.astype(self.dtype) @ k, b) for k, b in zip(kernels, biases, strict=True)]
+
+
+class Output(nn.Module):
+    """Linear map of x + offset, of parameters `kernel` and `bias`; the offset [c] is added to the bias instead."""
+
+    features: int
+    dtype: Dtype
+    kernel_init: nn.initializers.Initializer
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*rest c"], offset: Float[Array, " c"]) -> Float[Array, "*rest features"]:
+        kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features))
+        bias = self.param("bias", ZEROS, (self.features,))
+        return add_bias(x @ kernel.astype(self.dtype), bias + offset @ kernel)
 
 
 class Attention(nn.Module):
@@ -92,14 +107,18 @@ class Attention(nn.Module):
         h, (x,) = GroupNorm(self.norm_groups, self.eps, self.dtype, name="norm")((x,))
         h = h.reshape(b, height * width, c)
         if context is None:
-            q, k, v = Projections(c, 3, self.dtype, name="qkv")(h)
+            (q, q_bias), (k, k_bias), (v, v_bias) = Projections(c, 3, self.dtype, name="qkv")(h)
         else:
-            q = nn.Dense(c, dtype=self.dtype, name="q")(h)
+            ((q, q_bias),) = Projections(c, 1, self.dtype, name="q")(h)
             context = nn.LayerNorm(dtype=self.dtype, name="norm_context")(context)
-            k, v = Projections(c, 2, self.dtype, name="kv")(context)
+            (k, k_bias), (v, v_bias) = Projections(c, 2, self.dtype, name="kv")(context)
+        q = add_bias(q, q_bias)
+        if self.qk_norm:  # else all logits of a query shift by as much, of which the softmax knows nothing
+            k = add_bias(k, k_bias)
         q, k, v = (a.reshape(b, -1, heads, c // heads) for a in (q, k, v))
         if self.qk_norm:
             q, k = (nn.RMSNorm(dtype=self.dtype, name=f"norm_{n}")(a) for n, a in (("q", q), ("k", k)))
         h = attend(q, k, v, self.chunk).reshape(b, height, width, c)
-        init = ZEROS if self.zero_init else DEFAULT_KERNEL
-        return x + nn.Dense(c, dtype=self.dtype, kernel_init=init, name="proj")(h)
+        # The weights of a query sum to 1, so that the values' bias may as well come after them.
+        proj = Output(c, self.dtype, ZEROS if self.zero_init else DEFAULT_KERNEL, name="proj")
+        return x + proj(h, v_bias)

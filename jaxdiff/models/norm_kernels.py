@@ -19,19 +19,31 @@ from jaxtyping import Array, Float, Int
 
 from jaxdiff.models.norm import Norm
 
-TILE = 4096  # elements of an array that a block of threads has at a time
-WARPS = 8
-SWAP, HINTS, UNROLL = True, False, 1
+NARROWEST = 64  # channels of a block of threads at least, so that it reads whole lines of memory
+PER_THREAD = 16  # elements of an array that a thread has at a time
+
+
+def largest_tile(positions: int) -> int:
+    """Elements of an array that a block of threads has at a time; found by trying, on an H100."""
+    return 8192 if positions >= 4096 else 4096
+
+
+SIGMOID = """{ .reg .f32 t; mul.f32 t, $1, 0fBFB8AA3B; ex2.approx.ftz.f32 t, t;
+add.f32 t, t, 0f3F800000; rcp.approx.ftz.f32 $0, t; }"""  # 1 / (1 + 2^(-log2(e) x))
 NARROWEST = 32  # channels of a block of threads at least, so that it reads whole sectors of memory
 
 
 class Blocks(NamedTuple):
-    """How a norm's channels and positions are cut. A tile is [rows, columns], of which `used` columns are channels."""
+    """How a norm's channels and positions are cut. A tile is [rows, columns], of which `used` columns are channels.
+
+    `warps`, of 32 threads, work on it.
+    """
 
     group: int
     used: int
     columns: int
     rows: int
+    warps: int
 
 
 def cut(positions: int, channels: int, groups: int) -> Blocks:
@@ -40,7 +52,8 @@ def cut(positions: int, channels: int, groups: int) -> Blocks:
     counts = [n for n in range(1, groups + 1) if groups % n == 0]
     used = group * next((n for n in counts if n * group >= NARROWEST), groups)
     columns = pl.next_power_of_2(used)
-    return Blocks(group, used, columns, max(1, min(TILE // columns, pl.next_power_of_2(positions))))
+    rows = max(1, min(largest_tile(positions) // columns, pl.next_power_of_2(positions)))
+    return Blocks(group, used, columns, rows, max(1, rows * columns // (32 * PER_THREAD)))
 
 
 class Tiles:
@@ -50,51 +63,64 @@ class Tiles:
         self.blocks = cut(positions, sum(widths), norm.groups)
         self.norm, self.widths, self.positions = norm, widths, positions
         self.column = jnp.arange(self.blocks.columns)
-        self.channel = pl.program_id(0 if SWAP else 1) * self.blocks.used + self.column
-        self.used = self.column < self.blocks.used
+        self.channel = pl.program_id(0) * self.blocks.used + self.column
+        self.used = None if self.blocks.used == self.blocks.columns else self.column < self.blocks.used
+        self.ragged = positions % self.blocks.rows != 0
 
     def vector(self, ref: Any) -> Float[Array, " columns"]:
-        return triton.load(ref.at[self.channel], mask=self.used, other=0.0)
+        return triton.load(ref.at[self.channel], mask=self.used, other=None if self.used is None else 0.0)
 
     def store_vector(self, ref: Any, value: Float[Array, " columns"]) -> None:
         triton.store(ref.at[self._places(self.channel, self.used)], value, mask=self.used)
 
-    def _places(self, index: Int[Array, "..."], inside: Array) -> Int[Array, "..."]:
+    def _places(self, index: Int[Array, "..."], inside: Array | None) -> Int[Array, "..."]:
         # The interpreter writes all lanes, in any order: those that are masked go where nothing is.
-        return jnp.where(inside, index, jnp.iinfo(jnp.int32).max) if self.norm.interpret else index
+        if inside is None or not self.norm.interpret:
+            return index
+        return jnp.where(inside, index, jnp.iinfo(jnp.int32).max)
 
-    def _pieces(self, refs: Sequence[Any], step: Int[Array, ""]) -> list[tuple[Any, Array, Array]]:
-        """(reference to a tile's elements, mask) of each part, and where these are a tile's rows at all."""
-        rows = step * self.blocks.rows + jnp.arange(self.blocks.rows)
-        inside = (rows < self.positions)[:, None] & self.used[None, :]
+    def _rows(self, step: Int[Array, ""]) -> Int[Array, " rows"]:
+        return step * self.blocks.rows + jnp.arange(self.blocks.rows)
+
+    def _pieces(self, refs: Sequence[Any], step: Int[Array, ""]) -> list[tuple[Any, Array | None]]:
+        """(reference to a tile's elements, mask) of each part; without a mask where all are its elements."""
         pieces, low = [], 0
         for ref, width in zip(refs, self.widths, strict=True):
-            own = inside
+            columns = self.used
             if len(refs) > 1:
-                own = inside & ((self.channel >= low) & (self.channel < low + width))[None, :]
-            at = self._places(jnp.broadcast_to((self.channel - low)[None, :], own.shape), own)
-            pieces.append((ref.at[rows[:, None], at], own, inside))
+                own = (self.channel >= low) & (self.channel < low + width)
+                columns = own if columns is None else own & columns
+            masks = [] if columns is None else [columns[None, :]]
+            if self.ragged:
+                masks.append((self._rows(step) < self.positions)[:, None])
+            mask = functools.reduce(jnp.logical_and, masks) if masks else None
+            if mask is not None:
+                mask = jnp.broadcast_to(mask, (self.blocks.rows, self.blocks.columns))
+            at = (self.channel - low)[None, :]
+            if mask is not None:
+                at = self._places(jnp.broadcast_to(at, mask.shape), mask)
+            pieces.append((ref.at[self._rows(step)[:, None], at], mask))
             low += width
         return pieces
 
-    def load(self, refs: Sequence[Any], step: Int[Array, ""], policy: str | None = None) -> Float[Array, "rows columns"]:
-        tiles = [triton.load(ref, mask=own, other=0.0, eviction_policy=policy) for ref, own, _ in self._pieces(refs, step)]
+    def load(self, refs: Sequence[Any], step: Int[Array, ""]) -> Float[Array, "rows columns"]:
+        tiles = [
+            triton.load(ref, mask=mask, other=None if mask is None else 0.0) for ref, mask in self._pieces(refs, step)
+        ]
         return functools.reduce(jnp.add, [tile.astype(jnp.float32) for tile in tiles])
 
     def store(self, refs: Sequence[Any], step: Int[Array, ""], value: Float[Array, "rows columns"]) -> None:
-        for (ref, own, _), whole in zip(self._pieces(refs, step), refs, strict=True):
-            triton.store(ref, value.astype(whole.dtype), mask=own, eviction_policy='evict_first' if HINTS else None)
+        for (ref, mask), whole in zip(self._pieces(refs, step), refs, strict=True):
+            triton.store(ref, value.astype(whole.dtype), mask=mask)
 
     def sums(self, tile: Callable[[Int[Array, ""]], Sequence[Array]], count: int) -> list[Float[Array, " columns"]]:
         """Sums over all positions of `count` quantities, of which `tile(step)` returns those of a tile."""
         zeros = [jnp.zeros((self.blocks.rows, self.blocks.columns), jnp.float32)] * count
 
         def body(step: Int[Array, ""], totals: Sequence[Array]) -> list[Array]:
-            for k in range(n):
-                totals = [total + value for total, value in zip(totals, tile(step * n + k), strict=True)]
-            return totals
-        n = UNROLL if self.steps % UNROLL == 0 else 1
-        return [total.sum(axis=0) for total in jax.lax.fori_loop(0, self.steps // n, body, zeros)]
+            return [total + value for total, value in zip(totals, tile(step), strict=True)]
+
+        return [total.sum(axis=0) for total in jax.lax.fori_loop(0, self.steps, body, zeros)]
 
     def group_mean(self, value: Float[Array, " columns"]) -> Float[Array, " columns"]:
         """Each channel's mean of its group, of sums over the positions."""
@@ -104,10 +130,16 @@ class Tiles:
 
     def mask_rows(self, step: Int[Array, ""], value: Array) -> Array:
         """Zero outside of the positions, where there are such rows."""
-        if self.positions % self.blocks.rows == 0:
-            return value
-        rows = step * self.blocks.rows + jnp.arange(self.blocks.rows)
-        return jnp.where((rows < self.positions)[:, None], value, 0.0)
+        return jnp.where((self._rows(step) < self.positions)[:, None], value, 0.0) if self.ragged else value
+
+    def sigmoid(self, x: Float[Array, "rows columns"]) -> Float[Array, "rows columns"]:
+        """1 / (1 + exp(-x)) to some last places of float32, in the four instructions that it takes."""
+        if self.norm.interpret:
+            return jax.nn.sigmoid(x)
+        shape = [jax.ShapeDtypeStruct(x.shape, x.dtype)]
+        return triton.elementwise_inline_asm(SIGMOID, args=[x], constraints="=f,f", pack=1, result_shape_dtypes=shape)[
+            0
+        ]
 
     @property
     def steps(self) -> int:
@@ -122,13 +154,15 @@ def forward(norm: Norm, parts: Sequence[Array], offset: Array | None, p: Array, 
     def group_norm_forward(*refs: Any) -> None:
         inputs, (p_ref, q_ref), (y_ref, mean_ref, inv_ref) = refs[:-5], refs[-5:-3], refs[-3:]
         tiles = Tiles(norm, widths, positions)
-        shift = tiles.vector(inputs[count])[None, :] if offset is not None else 0.0
+        shift = tiles.vector(inputs[count]) if offset is not None else jnp.zeros(tiles.blocks.columns)
 
-        def read(step: Int[Array, ""], policy: Any = "evict_last" if HINTS else None) -> Array:
-            return tiles.load(inputs[:count], step, policy) + shift
+        def read(step: Int[Array, ""]) -> Array:
+            return tiles.load(inputs[:count], step)
 
         def moments(step: Int[Array, ""]) -> list[Array]:
-            x = tiles.mask_rows(step, read(step))
+            x = read(step)
+            if offset is not None:
+                x = tiles.mask_rows(step, x + shift[None, :])
             return [x, x * x]
 
         mean, square = (tiles.group_mean(total) for total in tiles.sums(moments, 2))
@@ -136,12 +170,12 @@ def forward(norm: Norm, parts: Sequence[Array], offset: Array | None, p: Array, 
         tiles.store_vector(mean_ref, mean)
         tiles.store_vector(inv_ref, inv)
         slope = inv * tiles.vector(p_ref)
-        constant = tiles.vector(q_ref) - mean * slope
+        constant = tiles.vector(q_ref) + (shift - mean) * slope
         whole = Tiles(norm, [sum(widths)], positions)
 
         def write(step: Int[Array, ""], _: Any) -> None:
-            u = read(step, "evict_first" if HINTS else None) * slope[None, :] + constant[None, :]
-            whole.store([y_ref], step, u * jax.nn.sigmoid(u) if norm.silu else u)
+            u = read(step) * slope[None, :] + constant[None, :]
+            whole.store([y_ref], step, u * tiles.sigmoid(u) if norm.silu else u)
 
         jax.lax.fori_loop(0, tiles.steps, write, None)
 
@@ -175,18 +209,20 @@ def backward(
         if offset is not None:
             mean = mean - tiles.vector(refs_in[-5])  # of the parts alone
 
-        def read(step: Int[Array, ""], policy: Any = "evict_last" if HINTS else None) -> tuple[Array, Array]:
-            """The normalised x, and the gradient of what is before SiLU."""
-            x = (tiles.load(x_refs, step, policy) - mean[None, :]) * inv[None, :]
-            du = whole.load([dy_ref], step, policy)
+        slope, constant = inv * scale, shift - mean * inv * scale
+
+        def read(step: Int[Array, ""]) -> tuple[Array, Array]:
+            """x, and the gradient of what is before SiLU."""
+            x, du = tiles.load(x_refs, step), whole.load([dy_ref], step)
             if norm.silu:
-                u = x * scale[None, :] + shift[None, :]
-                s = jax.nn.sigmoid(u)
-                du = du * s * (1 + u * (1 - s))
+                u = x * slope[None, :] + constant[None, :]
+                s = tiles.sigmoid(u)
+                du = du * (s + u * s * (1 - s))
             return x, du
 
         def products(step: Int[Array, ""]) -> list[Array]:
             x, du = read(step)
+            x = (x - mean[None, :]) * inv[None, :]
             return [du, du * x, *([] if offset is None else [tiles.mask_rows(step, x)])]
 
         dq, dp, *normalised = tiles.sums(products, 2 if offset is None else 3)
@@ -196,10 +232,12 @@ def backward(
         if offset is not None:
             doffset = inv * (scale * dq - positions * first - normalised[0] * second)
             tiles.store_vector(refs_out[-3], doffset)
+        across = inv * inv * second
+        rest = inv * first - mean * across
 
         def write(step: Int[Array, ""], _: Any) -> None:
-            x, du = read(step, "evict_first" if HINTS else None)
-            dx = inv[None, :] * (scale[None, :] * du - first[None, :] - x * second[None, :])
+            x, du = read(step)
+            dx = du * slope[None, :] - (x * across[None, :] + rest[None, :])
             tiles.store(refs_out[:count], step, dx + tiles.load(others, step) if kept else dx)
 
         jax.lax.fori_loop(0, tiles.steps, write, None)
@@ -224,15 +262,15 @@ def _call(
         shapes = [jax.ShapeDtypeStruct((size, *o.shape[1:]), o.dtype) for o in outputs]
 
         def spec(a: Any) -> pl.BlockSpec:
-            return pl.BlockSpec((None, *a.shape[1:]), lambda i, j: (j if SWAP else i, *[0] * (a.ndim - 1)))
+            return pl.BlockSpec((None, *a.shape[1:]), lambda _, image: (image, *[0] * (a.ndim - 1)))
 
         return pl.pallas_call(
             kernel,
             out_shape=shapes,
-            grid=(size, norm.groups * blocks.group // blocks.used)[:: -1 if SWAP else 1],
+            grid=(norm.groups * blocks.group // blocks.used, size),  # neighbours in memory at the same time
             in_specs=[spec(a) for a in arrays],
             out_specs=[spec(o) for o in outputs],
-            compiler_params=triton.CompilerParams(num_warps=WARPS, num_stages=2),
+            compiler_params=triton.CompilerParams(num_warps=blocks.warps, num_stages=2),
             interpret=norm.interpret,
             name=kernel.__name__,
         )(*arrays)
