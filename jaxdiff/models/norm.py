@@ -15,6 +15,7 @@ from jaxtyping import Array, Float
 
 Dtype = Any
 VARIABLE = "JAXDIFF_NORM"  # "xla" = without kernels of our own
+INTERPRET = False  # kernels run without a GPU, slowly: for tests
 
 
 class Norm(NamedTuple):
@@ -73,7 +74,7 @@ class GroupNorm(nn.Module):
         p, q = (jnp.broadcast_to(a, (b, channels)) for a in (p, q))
         if offset is not None:
             offset = jnp.broadcast_to(offset.astype(jnp.float32), (b, channels))
-        norm = Norm(math.gcd(self.groups, channels), self.eps, self.silu, jnp.dtype(self.dtype))
+        norm = Norm(math.gcd(self.groups, channels), self.eps, self.silu, jnp.dtype(self.dtype), INTERPRET)
         flat = tuple(part.reshape(b, h * w, -1) for part in parts)
         y, flat = (normalise if has_kernel() else reference)(norm, flat, offset, p, q)
         return y.reshape(b, h, w, channels), [part.reshape(b, h, w, -1) for part in flat]

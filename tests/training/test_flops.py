@@ -205,7 +205,8 @@ def test_a_training_step_is_three_forward_passes(unet_steps):
     forward, whole, parts = unet_steps
     count = jaxpr_flops(whole.jaxpr)
     assert 2.95 < count / forward < 3  # nobody asks for the gradient of the image
-    assert jaxpr_flops(parts.jaxpr) == count
+    # Of every part there is a product of attention's bias with the next kernel, whatever its size.
+    assert 0 <= jaxpr_flops(parts.jaxpr) - count < 1e-4 * count
     # XLA counts the norms, activations and the optimiser as well, which in a network so small are some percent.
     assert 1.03 < whole.lower().cost_analysis()["flops"] / count < 1.09
 

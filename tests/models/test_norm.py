@@ -1,0 +1,110 @@
+"""GroupNorm: our kernels, run by Pallas's interpreter, against XLA's form of it; and that against Flax's."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxdiff import mesh as meshes
+from jaxdiff.models import norm
+from jaxdiff.models.norm import GroupNorm, Norm, normalise, reference
+
+KEY = jax.random.key(0, impl="rbg")
+
+
+def draw(name, *shape, dtype="float32"):
+    return jax.random.normal(jax.random.fold_in(KEY, sum(map(ord, name))), shape).astype(dtype)
+
+
+def inputs(batch, positions, widths, offset, dtype="float32"):
+    channels = sum(widths)
+    parts = tuple(0.5 + 2 * draw(f"part{i}", batch, positions, w, dtype=dtype) for i, w in enumerate(widths))
+    p, q = 1 + 0.3 * draw("p", batch, channels), 0.3 * draw("q", batch, channels)
+    return parts, draw("offset", batch, channels) if offset else None, p, q
+
+
+def compute(function, settings, arguments, kept):
+    """y, and the gradients of a loss of it (and with `kept` of the parts besides)."""
+
+    def loss(parts, offset, p, q):
+        y, parts = function(settings, parts, offset, p, q)
+        total = (y.astype(jnp.float32) * draw("dy", *y.shape)).sum()
+        if kept:
+            total += sum((x.astype(jnp.float32) * draw("kept", *x.shape)).sum() for x in parts)
+        return total, y
+
+    wanted = (0, 2, 3) if arguments[1] is None else (0, 1, 2, 3)
+    gradients, y = jax.jit(jax.grad(loss, wanted, has_aux=True))(*arguments)
+    return y, gradients
+
+
+@pytest.mark.parametrize(
+    ("positions", "widths", "groups", "offset", "silu", "kept"),
+    [
+        (256, (64,), 32, True, True, True),
+        (36, (48,), 16, True, False, False),  # as many rows as no tile has
+        (64, (64, 32), 32, False, True, True),  # a group has channels of both parts; 3 of each
+        (16, (20, 4), 4, True, True, True),  # fewer channels than a tile has columns
+    ],
+)
+def test_kernels_are_the_reference(positions, widths, groups, offset, silu, kept):
+    settings = Norm(groups, 1e-5, silu, jnp.dtype("float32"), interpret=True)
+    arguments = inputs(2, positions, widths, offset)
+    ours, theirs = (compute(f, settings, arguments, kept) for f in (normalise, reference))
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-6 * np.abs(b).max())
+
+
+def test_kernels_round_only_what_they_return():
+    settings = Norm(16, 1e-5, True, jnp.dtype("bfloat16"), interpret=True)
+    arguments = inputs(1, 64, (64,), False, dtype="bfloat16")
+    ours = compute(normalise, settings, arguments, kept=True)
+    exact = compute(reference, settings._replace(dtype=jnp.dtype("float32")), arguments, kept=True)
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(exact), strict=True):
+        assert np.abs(a.astype(np.float32) - b).max() <= 2**-8 * np.abs(b).max()
+
+
+def test_kernels_of_a_batch_that_is_split_over_devices():
+    settings = Norm(8, 1e-5, True, jnp.dtype("float32"), interpret=True)
+    arguments = inputs(8, 16, (16,), True)
+    split = meshes.batch_sharding(meshes.make_mesh())
+    everywhere = jax.tree.map(lambda a: jax.device_put(a, split), arguments)
+    whole, parted = (compute(normalise, settings, a, kept=False) for a in (arguments, everywhere))
+    assert len({s.data.shape for s in parted[0].addressable_shards}) == 1
+    assert parted[0].addressable_shards[0].data.shape == (1, 16, 16)  # nobody gathers the batch
+    for a, b in zip(jax.tree.leaves(parted), jax.tree.leaves(whole), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kernels", [False, True])
+def test_module_is_that_of_flax(kernels, monkeypatch):
+    if kernels:
+        monkeypatch.setattr(norm, "has_kernel", lambda: True)
+        monkeypatch.setattr(norm, "INTERPRET", True)
+    x, other = draw("x", 2, 4, 4, 12), draw("other", 2, 4, 4, 4)
+    scale, shift, offset = draw("scale", 2, 16), draw("shift", 2, 16), draw("offset", 16)[None]
+    ours, flax = GroupNorm(32, 1e-5, jnp.float32, silu=True), nn.GroupNorm(16, epsilon=1e-5)
+    params = {"params": {"scale": draw("gamma", 16), "bias": draw("beta", 16)}}  # gcd(32, 16) groups
+    assert jax.tree.map(jnp.shape, ours.init(KEY, (x, other))) == jax.tree.map(jnp.shape, params)
+    y, parts = ours.apply(params, (x, other), offset, scale, shift)
+    both = jnp.concatenate([x, other], axis=-1) + offset[:, None, None]
+    expected = flax.apply(params, both) * (1 + scale[:, None, None]) + shift[:, None, None]
+    np.testing.assert_allclose(y, nn.silu(expected), rtol=1e-4, atol=2e-5)
+    np.testing.assert_array_equal(parts[1], other)
+
+
+def test_kernels_are_for_gpus_and_can_be_refused(monkeypatch):
+    class Device:
+        compute_capability = "9.0"
+
+    monkeypatch.setattr(jax, "local_devices", lambda: [Device])
+    has_kernel = norm.has_kernel.__wrapped__
+    assert not has_kernel()
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert has_kernel()
+    monkeypatch.setattr(Device, "compute_capability", "7.5")
+    assert not has_kernel()
+    monkeypatch.setattr(Device, "compute_capability", "9.0")
+    monkeypatch.setenv("JAXDIFF_NORM", "xla")
+    assert not has_kernel()
