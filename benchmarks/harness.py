@@ -177,7 +177,9 @@ def take_turns(
     def turn(name: str) -> None:
         side, result = sides[name], results[name]
         side.run(1)  # what its rest gave away comes back
-        result["seconds"].append(timed(side, result["steps_per_round"]) / result["steps_per_round"])
+        seconds = timed(side, result["steps_per_round"]) / result["steps_per_round"]
+        result["seconds"].append(seconds)
+        print(f"{name}: {1e3 * seconds:.2f} ms", file=sys.stderr, flush=True)  # not lost if the rest is
         side.rest()
 
     for name in builders:

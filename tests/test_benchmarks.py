@@ -1,0 +1,86 @@
+"""What the benchmarks of speed and memory make of their measurements, and the works they are about."""
+
+import gzip
+import json
+
+import pytest
+
+from benchmarks import harness, kernels, memory, ours
+from benchmarks.harness import WORKS, Side
+
+
+@pytest.mark.parametrize("name", [name for name, work in WORKS.items() if work.count])
+def test_parameters_of_the_works(name):
+    ours.new_generator(WORKS[name], harness.work_config(WORKS[name]))  # raises where there are not as many
+
+
+def test_sides_take_turns_and_one_that_fails_does_not_stop_the_others(capsys):
+    turns = []
+
+    def build(name, limit):
+        def run(steps):
+            turns.append(name)
+            if turns.count(name) > limit:
+                raise MemoryError(f"{name} is full")
+
+        return lambda: Side(run)
+
+    def never():
+        raise ImportError("not\n here")
+
+    builders = {"ours": build("ours", 99), "eager": build("eager", 6), "compiled": never}
+    results = harness.take_turns(builders, rounds=3, steps=1)
+    assert len(results["ours"]["seconds"]) == 3
+    assert results["eager"] == {"failed": "MemoryError: eager is full"}
+    assert results["compiled"] == {"failed": "ImportError: not here"}
+    assert turns == ["ours"] * 2 + ["eager"] * 2 + (["ours"] * 2 + ["eager"] * 2) * 2 + ["ours"] * 2 + ["eager"]
+    rows = harness.speed_rows({**results, "ours": {"seconds": [0.1, 0.2, 0.4], "first_seconds": 3.0}}, 8, 1e9, 1e11)
+    assert rows[0] == ["jaxdiff", "200.00", "40.0", "20.0 to 80.0", "5.0%", "1.00", "3"]
+    assert rows[1][1] == "failed: MemoryError: eager is full"
+
+
+def test_kernels_by_kind(tmp_path):
+    names = {
+        "group_norm_backward__2": "ours, by Pallas",
+        "cudnn_generated_fort_native_sdpa_sm90_flash_bprop": "attention",
+        "sm90_xmma_fprop_implicit_gemm_bf16": "convolutions and matrix products",
+        "nvjet_sm90_tst_128x128": "convolutions and matrix products",
+        "input_add_reduce_fusion_12": "reductions",
+        "input_transpose_fusion_41": "copies",
+        "loop_add_fusion_8": "elementwise",
+        "something": kernels.OTHER,
+    }
+    assert {name: kernels.kind_of(name) for name in names} == names
+    events = [{"ph": "M", "name": "process_name", "pid": 1, "args": {"name": "/device:GPU:0"}}]
+    events += [{"ph": "M", "name": "thread_name", "pid": 1, "tid": 2, "args": {"name": "Stream #1"}}]
+    events += [{"ph": "X", "pid": 1, "tid": tid, "name": name, "dur": 3e3} for tid in (2, 9) for name in names]
+    content = json.dumps({"traceEvents": events})
+    (tmp_path / "x.trace.json.gz").write_bytes(gzip.compress(content.encode()))
+    summary = kernels.summarise(kernels.read_kernels(tmp_path), steps=3)
+    assert summary["seconds"]["convolutions and matrix products"] == pytest.approx(2e-3)
+    assert len(summary["longest"]) == len(names)  # those of threads that are no streams do not count
+    assert "| all | 8.00 |" in kernels.report(summary)
+
+
+def test_largest_batch_by_a_straight_line():
+    steps = {8: memory.Step(100, 80, 1.0, 1.0), 16: memory.Step(100, 160, 1.0, 1.0)}
+    assert memory.extrapolate(steps, 1000.0) == 88  # 90, of which every image takes 10
+    assert memory.extrapolate(steps, 50.0) == 0
+
+
+def test_memory_finds_the_largest_batch(monkeypatch, capsys):
+    def measure(work, config):
+        if config.batch_size > 70:
+            raise MemoryError("no room")
+        return memory.Step(2**30, 2**30 * config.batch_size, 0.5, 1.0)
+
+    monkeypatch.setattr(memory, "measure_ours", measure)
+    monkeypatch.setattr(memory, "capacity", lambda: 80 * 2**30)
+    memory.main(["--work=tiny", "--sides=ours", "--remat=blocks", "--largest"])
+    table = capsys.readouterr().out.split("memory of the device 80.0 GiB")[1].splitlines()[4:]
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in table]
+    assert [row[:3] for row in cells] == [["jaxdiff", "blocks", batch] for batch in ("8", "16", "72", "64")]
+    assert cells[0][3:] == ["1.00", "8.00", "500.0", "16.0", "1"]
+    assert cells[2][3] == "failed: MemoryError: no room"
+    with pytest.raises(SystemExit):
+        memory.main(["--remat=some"])
