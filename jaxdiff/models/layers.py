@@ -3,7 +3,7 @@
 import functools
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import flax.linen as nn
@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jaxdiff.models import forms
 from jaxdiff.models.norm import GroupNorm
 
 Dtype = Any
@@ -38,10 +39,13 @@ def add_bias(x: Float[Array, "*rest c"], bias: Float[Array, " c"]) -> Float[Arra
 
 
 def convolve(
-    x: Float[Array, "batch h w c"], kernel: Float[Array, "k1 k2 c features"], padding: Sequence[tuple[int, int]]
+    x: Float[Array, "batch h w c"],
+    kernel: Float[Array, "k1 k2 c features"],
+    padding: Sequence[tuple[int, int]] = ((1, 1), (1, 1)),
 ) -> Float[Array, "batch h2 w2 features"]:
-    """Convolution of stride 1."""
-    return jax.lax.conv_general_dilated(x, kernel, (1, 1), padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    """Convolution of stride 1, in the dtype of x."""
+    layout = ("NHWC", "HWIO", "NHWC")
+    return jax.lax.conv_general_dilated(x, kernel.astype(x.dtype), (1, 1), padding, dimension_numbers=layout)
 
 
 def upsample_convolve(
@@ -53,7 +57,7 @@ def upsample_convolve(
     a pixel's four successors are four 2x2 convolutions.
     """
     rows = jnp.array([[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]], kernel.dtype)  # [successor, tap, row]
-    folded = jnp.einsum("aps,bqt,stcf->abpqcf", rows, rows, kernel).astype(x.dtype)
+    folded = jnp.einsum("aps,bqt,stcf->abpqcf", rows, rows, kernel)
 
     def successor(a: int, b: int) -> Array:
         y = convolve(x, folded[a, b], ((1 - a, a), (1 - b, b)))
@@ -78,6 +82,11 @@ def project_convolve(
 
 
 Form = Literal["plain", "up", "few"]
+FORMS: dict[str, tuple[Callable[[Array, Array], Array], Callable[[Array, Array], Array]]] = {  # fast, plain
+    "plain": (convolve, convolve),
+    "up": (upsample_convolve, lambda x, kernel: convolve(upsample(x), kernel)),
+    "few": (project_convolve, lambda x, kernel: convolve(x.astype(jnp.float32), kernel)),
+}
 
 
 class Conv3x3(nn.Module):
@@ -99,11 +108,8 @@ class Conv3x3(nn.Module):
         shape = (3, 3, x.shape[-1], self.features)
         kernel = self.param("kernel", ZEROS if self.zero else DEFAULT_KERNEL, shape)
         bias = self.param("bias", ZEROS, shape[-1:])
-        x = x.astype(self.dtype)
-        if self.form == "plain":
-            y = convolve(x, kernel.astype(self.dtype), ((1, 1), (1, 1)))
-        else:
-            y = (upsample_convolve if self.form == "up" else project_convolve)(x, kernel)
+        function = FORMS[self.form][1 if forms.plain() else 0]
+        y = function(x.astype(self.dtype), kernel)
         return (y, bias) if self.bias_apart else add_bias(y, bias)
 
 

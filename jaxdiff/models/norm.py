@@ -3,7 +3,6 @@
 import functools
 import importlib.util
 import math
-import os
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -13,8 +12,9 @@ import jax.numpy as jnp
 from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 from jaxtyping import Array, Float
 
+from jaxdiff.models import forms
+
 Dtype = Any
-VARIABLE = "JAXDIFF_NORM"  # "xla" = without kernels of our own
 INTERPRET = False  # kernels run without a GPU, slowly: for tests
 
 
@@ -33,8 +33,8 @@ class Norm(NamedTuple):
 
 @functools.cache
 def has_kernel() -> bool:
-    """Whether norms run as kernels of our own: on NVIDIA GPUs since Ampere, unless JAXDIFF_NORM=xla is set."""
-    if jax.default_backend() != "gpu" or os.environ.get(VARIABLE) == "xla":
+    """Whether norms run as kernels of our own: on NVIDIA GPUs since Ampere, unless `forms.plain`."""
+    if forms.plain() or jax.default_backend() != "gpu":
         return False
     capability = getattr(jax.local_devices()[0], "compute_capability", "0")
     modern = capability.replace(".", "").isdigit() and float(capability) >= 8

@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxdiff.errors import ConfigError
 from jaxdiff.models.layers import Conv1x1, Conv3x3, convolve, project_convolve, upsample, upsample_convolve
 
 KEY = jax.random.key(0, impl="rbg")
-SAME = ((1, 1), (1, 1))
 
 
 def draw(seed, *shape):
@@ -18,8 +18,8 @@ def draw(seed, *shape):
 @pytest.mark.parametrize(
     ("fast", "plain"),
     [
-        (upsample_convolve, lambda x, kernel: convolve(upsample(x), kernel, SAME)),
-        (project_convolve, lambda x, kernel: convolve(x, kernel, SAME)),
+        (upsample_convolve, lambda x, kernel: convolve(upsample(x), kernel)),
+        (project_convolve, lambda x, kernel: convolve(x, kernel)),
     ],
 )
 def test_fast_forms(fast, plain):
@@ -39,7 +39,7 @@ def test_few_features_are_summed_in_float32():
     y = project_convolve(x, kernel)
     assert y.dtype == jnp.float32
     rounded = kernel.astype(jnp.bfloat16).astype(jnp.float32)
-    np.testing.assert_allclose(y, convolve(x.astype(jnp.float32), rounded, SAME), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(y, convolve(x.astype(jnp.float32), rounded), rtol=1e-4, atol=1e-4)
 
 
 def test_biases():
@@ -58,3 +58,19 @@ def test_a_concatenation_that_is_not_made():
     expected = jnp.einsum("bhwc,cf->bhwf", whole, params["params"]["kernel"][0, 0]) + draw(3, 5)[None, None, None]
     np.testing.assert_allclose(conv.apply(params, parts), expected, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(conv.apply(params, (whole,)), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_plain_forms_on_demand(monkeypatch):
+    x = draw(0, 1, 4, 4, 8)
+    for form in ("up", "few"):
+        conv = Conv3x3(3, jnp.float32, form=form)
+        params = conv.init(KEY, x)
+        monkeypatch.delenv("JAXDIFF_FORMS", raising=False)
+        fast, products = conv.apply(params, x), str(jax.make_jaxpr(conv.apply)(params, x))
+        monkeypatch.setenv("JAXDIFF_FORMS", "plain")
+        plain = str(jax.make_jaxpr(conv.apply)(params, x))
+        assert plain.count("conv_general_dilated[") == 1 != products.count("conv_general_dilated[")
+        np.testing.assert_allclose(conv.apply(params, x), fast, rtol=1e-4, atol=1e-5)
+    monkeypatch.setenv("JAXDIFF_FORMS", "fast")
+    with pytest.raises(ConfigError, match="JAXDIFF_FORMS = fast: must be plain or not set"):
+        conv.apply(params, x)

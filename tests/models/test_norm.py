@@ -8,7 +8,9 @@ import pytest
 
 from jaxdiff import mesh as meshes
 from jaxdiff.models import norm
+from jaxdiff.models.layers import ResBlock
 from jaxdiff.models.norm import GroupNorm, Norm, normalise, reference
+from jaxdiff.models.unet import REMAT
 
 KEY = jax.random.key(0, impl="rbg")
 
@@ -77,6 +79,24 @@ def test_kernels_of_a_batch_that_is_split_over_devices():
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
+def test_kernels_in_a_block_that_is_computed_again(monkeypatch):
+    parts, emb = (draw("x", 2, 4, 4, 16), draw("other", 2, 4, 4, 8)), draw("emb", 2, 8)
+    block = REMAT["blocks"](ResBlock, static_argnums=3)(16, jnp.bfloat16, scale_shift_norm=False, norm_groups=8)
+    params = jax.tree.map(lambda a: a + 0.1 * draw("noise", *a.shape), block.init(KEY, parts, emb, True))
+
+    def gradient(block):
+        def loss(params, parts):
+            return (block.apply(params, parts, emb, True).astype(jnp.float32) * draw("w", 2, 4, 4, 16)).sum()
+
+        return jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))(params, parts)
+
+    exact = gradient(block.clone(dtype=jnp.float32))
+    monkeypatch.setattr(norm, "has_kernel", lambda: True)
+    monkeypatch.setattr(norm, "INTERPRET", True)
+    for a, b in zip(jax.tree.leaves(gradient(block)), jax.tree.leaves(exact), strict=True):
+        assert np.linalg.norm(a - b) <= 0.03 * np.linalg.norm(b)  # bfloat16
+
+
 @pytest.mark.parametrize("kernels", [False, True])
 def test_module_is_that_of_flax(kernels, monkeypatch):
     if kernels:
@@ -106,5 +126,5 @@ def test_kernels_are_for_gpus_and_can_be_refused(monkeypatch):
     monkeypatch.setattr(Device, "compute_capability", "7.5")
     assert not has_kernel()
     monkeypatch.setattr(Device, "compute_capability", "9.0")
-    monkeypatch.setenv("JAXDIFF_NORM", "xla")
+    monkeypatch.setenv("JAXDIFF_FORMS", "plain")
     assert not has_kernel()
