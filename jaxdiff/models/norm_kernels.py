@@ -1,8 +1,7 @@
-"""GroupNorm with its scale and shift per image and SiLU as GPU kernels: each array is read from memory once or twice.
+"""GroupNorm, with what `norm.GroupNorm` has around it, as two GPU kernels, written in Pallas and lowered by Triton.
 
 A block of threads has some groups of one image. Forward, it sums over their positions, and reads them again (from the
-cache, where the map is not large) for y; backward likewise, the gradients of scale and shift being the first sums.
-Written in Pallas, lowered by Triton.
+cache, where the map is small) for y; backward likewise, where the first sums are the gradients of scale and shift.
 """
 
 import functools
@@ -22,15 +21,13 @@ from jaxdiff.models.norm import Norm
 NARROWEST = 64  # channels of a block of threads at least, so that it reads whole lines of memory
 PER_THREAD = 16  # elements of an array that a thread has at a time
 
+SIGMOID = """{ .reg .f32 t; mul.f32 t, $1, 0fBFB8AA3B; ex2.approx.ftz.f32 t, t;
+add.f32 t, t, 0f3F800000; rcp.approx.ftz.f32 $0, t; }"""  # 1 / (1 + 2^(-log2(e) x))
+
 
 def largest_tile(positions: int) -> int:
     """Elements of an array that a block of threads has at a time; found by trying, on an H100."""
     return 8192 if positions >= 1024 else 4096
-
-
-SIGMOID = """{ .reg .f32 t; mul.f32 t, $1, 0fBFB8AA3B; ex2.approx.ftz.f32 t, t;
-add.f32 t, t, 0f3F800000; rcp.approx.ftz.f32 $0, t; }"""  # 1 / (1 + 2^(-log2(e) x))
-NARROWEST = 32  # channels of a block of threads at least, so that it reads whole sectors of memory
 
 
 class Blocks(NamedTuple):
@@ -85,21 +82,18 @@ class Tiles:
     def _pieces(self, refs: Sequence[Any], step: Int[Array, ""]) -> list[tuple[Any, Array | None]]:
         """(reference to a tile's elements, mask) of each part; without a mask where all are its elements."""
         pieces, low = [], 0
+        rows = self._rows(step)[:, None]
         for ref, width in zip(refs, self.widths, strict=True):
-            columns = self.used
+            masks = [] if self.used is None else [self.used[None, :]]
             if len(refs) > 1:
-                own = (self.channel >= low) & (self.channel < low + width)
-                columns = own if columns is None else own & columns
-            masks = [] if columns is None else [columns[None, :]]
+                masks.append(((self.channel >= low) & (self.channel < low + width))[None, :])
             if self.ragged:
-                masks.append((self._rows(step) < self.positions)[:, None])
-            mask = functools.reduce(jnp.logical_and, masks) if masks else None
-            if mask is not None:
-                mask = jnp.broadcast_to(mask, (self.blocks.rows, self.blocks.columns))
-            at = (self.channel - low)[None, :]
-            if mask is not None:
+                masks.append(rows < self.positions)
+            at, mask = (self.channel - low)[None, :], None
+            if masks:
+                mask = jnp.broadcast_to(functools.reduce(jnp.logical_and, masks), (len(rows), self.blocks.columns))
                 at = self._places(jnp.broadcast_to(at, mask.shape), mask)
-            pieces.append((ref.at[self._rows(step)[:, None], at], mask))
+            pieces.append((ref.at[rows, at], mask))
             low += width
         return pieces
 
@@ -208,7 +202,6 @@ def backward(
         scale, shift, mean, inv = (tiles.vector(ref) for ref in refs_in[-4:])
         if offset is not None:
             mean = mean - tiles.vector(refs_in[-5])  # of the parts alone
-
         slope, constant = inv * scale, shift - mean * inv * scale
 
         def read(step: Int[Array, ""]) -> tuple[Array, Array]:

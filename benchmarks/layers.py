@@ -1,0 +1,114 @@
+"""The fast forms of layers beside the plain ones: milliseconds of a forward pass, and of a backward pass after it.
+
+    python -m benchmarks.layers           # at the shapes of the networks of benchmarks.train_step, on a GPU
+    python -m benchmarks.layers --tiny    # a rehearsal on a CPU, where norms have one form
+
+Bfloat16. The backward pass is the gradients of all inputs, as the difference to both passes in one program. "traffic"
+is what a norm's arrays take to be read and written once at the speed of a large copy, which is measured first.
+"""
+
+import argparse
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from benchmarks.harness import markdown
+from jaxdiff.models import norm
+from jaxdiff.models.layers import FORMS
+from jaxdiff.models.norm import Norm
+
+NORMS = [  # batch, positions, channels of the parts
+    *[(512, 1024, (128,)), (512, 1024, (256, 128)), (512, 256, (256,)), (512, 64, (256,))],
+    *[(64, 16384, (128,)), (64, 4096, (256,))],
+]
+CONVOLUTIONS = [  # form, shape of the input, features
+    *[("up", (512, 16, 16, 256), 256), ("up", (64, 32, 32, 256), 256), ("up", (64, 64, 64, 128), 128)],
+    *[("few", (512, 32, 32, 128), 3), ("few", (64, 128, 128, 128), 3)],
+]
+DTYPE = jnp.bfloat16
+
+
+def milliseconds(function: Callable[..., Any], *args: Any, times: int = 20) -> float:
+    """The shortest mean of three rounds."""
+    jax.block_until_ready(function(*args))
+
+    def round_of() -> float:
+        begin = time.perf_counter()
+        for _ in range(times):
+            result = function(*args)
+        jax.block_until_ready(result)
+        return 1e3 * (time.perf_counter() - begin) / times
+
+    return min(round_of() for _ in range(3))
+
+
+def both_ways(function: Callable[..., Any], inputs: Any, gradient: Any) -> tuple[float, float]:
+    """Milliseconds of `function(*inputs)`, and of the gradients of the inputs from that of its result."""
+
+    def both(inputs: Any, gradient: Any) -> Any:
+        result, backward = jax.vjp(function, *inputs)
+        return result, backward(gradient)
+
+    forward = milliseconds(jax.jit(function), *inputs)
+    return forward, milliseconds(jax.jit(both), inputs, gradient) - forward
+
+
+def draw(*shape: int, dtype: Any = DTYPE) -> jax.Array:
+    """Standard normal numbers."""
+    return jax.random.normal(jax.random.key(sum(shape)), shape).astype(dtype)
+
+
+def copy_speed(size: int) -> float:
+    """Bytes read and written per second, of a large array."""
+    x = draw(size)
+    return 2 * x.nbytes / (1e-3 * milliseconds(jax.jit(lambda x: x + 1), x))
+
+
+def norm_row(batch: int, positions: int, widths: Sequence[int], speed: float) -> list[str]:
+    """A norm's row of the table."""
+    channels = sum(widths)
+    settings = Norm(32, 1e-5, True, jnp.dtype(DTYPE))
+    parts = tuple(draw(batch, positions, width) for width in widths)
+    vectors = [draw(batch, channels, dtype=jnp.float32) for _ in range(2)]
+    gradient = draw(batch, positions, channels), parts
+    cells = [f"{batch} x {positions} x {' + '.join(map(str, widths))}"]
+    for form in (norm.reference, norm.normalise):
+        if form is norm.normalise and not norm.has_kernel():
+            cells.append("")
+            continue
+        times = both_ways(lambda *a, form=form: form(settings, a[0], None, *a[1:]), (parts, *vectors), gradient)
+        cells.append(" / ".join(f"{t:.3f}" for t in times))
+    once = 1e3 * batch * positions * channels * parts[0].itemsize / speed
+    return [*cells, f"{2 * once:.3f} / {4 * once:.3f}"]
+
+
+def convolution_row(form: str, shape: tuple[int, ...], features: int) -> list[str]:
+    """A convolution's row of the table."""
+    x, kernel = draw(*shape), draw(3, 3, shape[-1], features, dtype=jnp.float32)
+    fast, plain = FORMS[form]
+    result = jax.eval_shape(plain, x, kernel)
+    gradient = draw(*result.shape, dtype=result.dtype)
+    times = [both_ways(function, (x, kernel), gradient) for function in (plain, fast)]
+    name = {"up": "upsampled by 2", "few": "float32"}[form]
+    return [f"{' x '.join(map(str, shape))} to {features}, {name}", *(f"{a:.3f} / {b:.3f}" for a, b in times)]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tiny", action="store_true")
+    args = parser.parse_args(argv)
+    norms, convolutions = ([(2, 64, (64,))], [("up", (2, 4, 4, 8), 8)]) if args.tiny else (NORMS, CONVOLUTIONS)
+    speed = copy_speed(2**16 if args.tiny else 2**27)
+    print(f"{jax.devices()[0].device_kind}: a copy reads and writes {speed / 1e12:.2f} TB/s\n")
+    rows = [norm_row(*shape, speed) for shape in norms]
+    print(markdown(("GroupNorm and SiLU, forward / backward", "plain, ms", "fast, ms", "traffic, ms"), rows), "\n")
+    rows = [convolution_row(*shape) for shape in convolutions]
+    print(markdown(("3x3 convolution, forward / backward", "plain, ms", "fast, ms"), rows))
+
+
+if __name__ == "__main__":
+    main()
