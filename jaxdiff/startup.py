@@ -21,6 +21,9 @@ def start() -> None:
     """Join the other processes of the run, and keep compiled programs for the next start."""
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         jax.config.update("jax_compilation_cache_dir", str(files.cache_root() / "xla"))
+    # Programs of several devices have pointers to Python in them, for cuDNN's attention and our norms, with which none
+    # would be found again. Without them attention differs by its shapes, and norms by a number of their own.
+    jax.config.update("jax_remove_custom_partitioning_ptr_from_cache_key", True)
     meshes.initialize_distributed()
 
 

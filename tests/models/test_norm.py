@@ -1,5 +1,7 @@
 """GroupNorm: our kernels, run by Pallas's interpreter, against XLA's form of it; and that against Flax's."""
 
+import re
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -95,6 +97,19 @@ def test_kernels_in_a_block_that_is_computed_again(monkeypatch):
     monkeypatch.setattr(norm, "INTERPRET", True)
     for a, b in zip(jax.tree.leaves(gradient(block)), jax.tree.leaves(exact), strict=True):
         assert np.linalg.norm(a - b) <= 0.03 * np.linalg.norm(b)  # bfloat16
+
+
+def test_programs_of_several_devices_are_found_again_and_not_mistaken():
+    sharding = meshes.batch_sharding(meshes.make_mesh())
+    x, p = (jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding) for shape in ((8, 4, 8), (8, 8)))
+
+    def key(**fields):
+        settings = Norm(4, 1e-5, True, jnp.dtype("float32"), interpret=True)._replace(**fields)
+        text = jax.jit(lambda x, p: normalise(settings, (x,), None, p, p)[0]).lower(x, p).as_text()
+        return re.sub(r'backend_config = "[0-9]+"', "", text)  # the pointer, which the cache leaves out
+
+    assert key() == key()
+    assert len({key(), key(silu=False), key(eps=1e-6), key(groups=2)}) == 4
 
 
 @pytest.mark.parametrize("kernels", [False, True])
