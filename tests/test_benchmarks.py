@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from benchmarks import harness, kernels, memory, ours
+from benchmarks import harness, kernels, memory, ours, whole_system
 from benchmarks.harness import WORKS, Side
 
 
@@ -84,3 +84,14 @@ def test_memory_finds_the_largest_batch(monkeypatch, capsys):
     assert cells[2][3] == "failed: MemoryError: no room"
     with pytest.raises(SystemExit):
         memory.main(["--remat=some"])
+
+
+def test_whole_system_by_the_clock(tmp_path):
+    file = tmp_path / "metrics.jsonl"
+    watch = whole_system.Watch(file)
+    records = [{"images": n, "images_per_second": 100.0} for n in (10, 20, 30)] + [{"val_loss": 1.0}]
+    file.write_text("".join(json.dumps(record) + "\n" for record in records) + '{"torn')
+    assert [record for _, record in watch.close()] == records[:3]
+    seen = [(0.0, records[0]), (0.1, records[1]), (0.4, records[2])]  # the last lap had a pause of 0.2 s
+    result = whole_system.summarise(seen, alone=125.0)
+    assert result == pytest.approx({"alone": 125.0, "steady": 100.0, "clock": 50.0, "pauses": 0.5})

@@ -1,0 +1,148 @@
+"""What real training keeps of the speed of its step: reading images, logging, validation and checkpoints included.
+
+    python -m benchmarks.whole_system --dataset=cifar10 --set data.path=data/cifar10 --minutes=10
+    python -m benchmarks.whole_system --experiment=ldm --dataset=folder --set data.path=data/imagenet100 --minutes=10
+    python -m benchmarks.whole_system --minutes=0.3 --set data.image_size=8    # a rehearsal on a CPU, with digits
+
+First the step alone, on one batch that stays on the device; then training as --mode=train does it, for as many steps as
+take `--minutes`. "steady" is the median of the log's images/s, which leave out validation, checkpoints and samples;
+"by the clock" is all images from the first line of the log to the last, over the time between. Stages before it (an
+autoencoder, its latents) are trained first in the workdir, and not measured.
+"""
+
+import argparse
+import ast
+import json
+import pathlib
+import statistics
+import tempfile
+import threading
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from benchmarks.harness import device, environment, markdown
+from configs import ablations
+from jaxdiff import mesh as meshes
+from jaxdiff.config import check, files
+from jaxdiff.data import device_batches, load_source, train_batches
+from jaxdiff.keys import named_key
+from jaxdiff.startup import start
+from jaxdiff.training.experiments import Experiment
+from jaxdiff.training.loop import fit
+from jaxdiff.training.optimizer import recipe_optimizer
+from jaxdiff.training.stages import diffusion_stage
+from jaxdiff.training.step import make_init, make_train_step
+
+SECONDS = 10.0  # of the step alone
+LINES = 40  # of the log, about
+
+
+def step_seconds(experiment: Experiment, config: ConfigDict, mesh: Mesh) -> float:
+    """Seconds of a step on a batch that lies on the device."""
+    optimizer, schedule = recipe_optimizer(config, 1000)
+    objective, frozen = experiment.objective, meshes.put_replicated(experiment.objective.frozen, mesh)
+    options: dict[str, Any] = {"seed": config.seed, "ema_decay": config.ema_decay, "accumulate": config.accumulate}
+    step = make_train_step(objective, optimizer, schedule, mesh, **options)
+    state = make_init(experiment.init, optimizer, mesh, objective.critic, (), objective.memory)(
+        named_key(config.seed, "init")
+    )
+    reading = {"start": 0, "stop": 1, "flip": config.data.flip, "threads": 1}
+    batches = train_batches(experiment.train, seed=config.seed, batch_size=config.batch_size, **reading)
+    (batch,) = device_batches(batches, meshes.batch_sharding(mesh))
+
+    def run(times: int) -> float:
+        nonlocal state
+        begin = time.perf_counter()
+        for _ in range(times):
+            state, _ = step(state, batch, frozen)
+        jax.block_until_ready(state)
+        return (time.perf_counter() - begin) / times
+
+    run(2)
+    return run(max(3, round(SECONDS / run(3))))
+
+
+class Watch:
+    """When the lines of a growing metrics.jsonl came, by a thread that looks ten times a second."""
+
+    def __init__(self, file: pathlib.Path) -> None:
+        self._file, self._stop = file, threading.Event()
+        self.seen: list[tuple[float, dict[str, Any]]] = []  # of training alone
+        self._thread = threading.Thread(target=self._look, daemon=True)
+        self._thread.start()
+
+    def _look(self) -> None:
+        read = 0
+        while True:
+            last = self._stop.is_set()
+            lines = self._file.read_bytes().split(b"\n")[:-1] if self._file.exists() else []
+            records = [json.loads(line) for line in lines[read:]]
+            self.seen += [(time.perf_counter(), r) for r in records if "images_per_second" in r]
+            read = len(lines)
+            if last:
+                return
+            self._stop.wait(0.1)
+
+    def close(self) -> list[tuple[float, dict[str, Any]]]:
+        """Every line of training, with its time."""
+        self._stop.set()
+        self._thread.join()
+        return self.seen
+
+
+def summarise(seen: Sequence[tuple[float, dict[str, Any]]], alone: float) -> dict[str, float]:
+    """Images/s: alone (given), steady, by the clock, and the share of the clock that pauses take."""
+    (begin, first), (end, last) = seen[0], seen[-1]
+    steady = statistics.median(record["images_per_second"] for _, record in seen[1:])
+    clock = (last["images"] - first["images"]) / (end - begin)
+    return {"alone": alone, "steady": steady, "clock": clock, "pauses": max(0.0, 1 - clock / steady)}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--experiment", default="ddpm", choices=("ddpm", "ldm"))
+    parser.add_argument("--dataset", default="digits")
+    parser.add_argument("--minutes", type=float, default=10.0)
+    parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="of the config")
+    parser.add_argument("--out", type=pathlib.Path, help="JSON file for all figures")
+    args = parser.parse_args(argv)
+    start()
+    mesh = meshes.make_mesh()
+    config = ablations.get_config(f"base,{args.experiment},{args.dataset}")
+    for assignment in args.set:
+        field, value = assignment.split("=", 1)
+        config.update_from_flattened_dict({field: value if field.endswith("path") else ast.literal_eval(value)})
+    config.update(epochs=0.0, steps=1000, sample_every=0)
+    check.validate(config, mesh.size)
+    train, val = load_source(config.data, "train"), load_source(config.data, "val")
+    with tempfile.TemporaryDirectory() as folder:
+        workdir = pathlib.Path(folder) / "run"
+        files.claim_workdir(config, workdir)
+        experiment, _ = diffusion_stage(config, workdir, train, val, mesh)
+        seconds = step_seconds(experiment, config, mesh)
+        config.steps = max(2 * LINES, config.warmup_steps + 1, round(60 * args.minutes / seconds))
+        config.log_every = config.steps // LINES
+        watch = Watch(workdir / "metrics.jsonl")
+        fit(experiment, config, workdir, mesh)
+        result = summarise(watch.close(), config.batch_size / seconds)
+    print(f"\n{config.name} on {mesh.size} x {device()['device']}, {config.steps:,} steps of {config.batch_size}\n")
+    rows = [
+        ["the step alone, on a batch of the device", f"{result['alone']:,.0f}", ""],
+        ["training, steady", f"{result['steady']:,.0f}", f"{100 * result['steady'] / result['alone']:.1f} %"],
+        ["training, by the clock", f"{result['clock']:,.0f}", f"{100 * result['clock'] / result['alone']:.1f} %"],
+    ]
+    print(markdown(("", "images/s", "of the first"), rows))
+    every = f"every {config.checkpoint_every:,} steps"
+    print(f"\nValidation, checkpoints ({every}) and logging: {100 * result['pauses']:.1f} %")
+    if args.out:
+        files.write_json(args.out, {**environment(), **device(), "config": config.name, **result})
+
+
+if __name__ == "__main__":
+    main()
