@@ -119,10 +119,9 @@ def _backward(norm: Norm, saved: Any, gradients: Any) -> Any:
 
     parts, offset, *rest = saved
     dy, kept = gradients
-    if isinstance(dy, SymbolicZero):
-        dy = jnp.zeros(dy.shape, dy.dtype)
     if all(isinstance(gradient, SymbolicZero) for gradient in kept):
         kept = ()  # nothing else uses the parts
+    dy, *kept = (jnp.zeros(g.shape, g.dtype) if isinstance(g, SymbolicZero) else g for g in (dy, *kept))
     out = norm_kernels.backward(norm, dy, kept, parts, offset, *rest)
     n = len(parts)
     return tuple(out[:n]), None if offset is None else out[n], out[-2], out[-1]
