@@ -1,7 +1,7 @@
 """What real training keeps of the speed of its step: reading images, logging, validation and checkpoints included.
 
     python -m benchmarks.whole_system --dataset=cifar10 --set data.path=data/cifar10 --minutes=10
-    python -m benchmarks.whole_system --experiment=ldm_cfg --dataset=folder --set data.path=data/imagenet100 --minutes=10
+    python -m benchmarks.whole_system --experiment=ldm_cfg --dataset=folder --set data.path=data/imagenet100
     python -m benchmarks.whole_system --minutes=0.3 --set data.image_size=8    # a rehearsal on a CPU, with digits
 
 First the step alone, on one batch that stays on the device; then training as --mode=train does it, for as many steps as
