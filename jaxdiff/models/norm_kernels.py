@@ -111,14 +111,29 @@ class Tiles:
         for (ref, mask), whole in zip(self._pieces(refs, step), refs, strict=True):
             triton.store(ref, value.astype(whole.dtype), mask=mask)
 
-    def sums(self, tile: Callable[[Int[Array, ""]], Sequence[Array]], count: int) -> list[Float[Array, " columns"]]:
-        """Sums over all positions of `count` quantities, of which `tile(step)` returns those of a tile."""
-        zeros = [jnp.zeros((self.blocks.rows, self.blocks.columns), jnp.float32)] * count
+    def sums(
+        self, read: Callable[[Any], Any], quantities: Callable[[Any, Any], Sequence[Array]], count: int
+    ) -> tuple[list[Float[Array, " columns"]], Callable[[Any], Any]]:
+        """Sums over all positions of the `count` `quantities(step, read(step))`, and what to read with from now on.
+
+        Where there is but one tile it is kept, and not read again.
+        """
+        if self.steps == 1:
+            tile = read(0)
+            return [value.sum(axis=0) for value in quantities(0, tile)], lambda _: tile
 
         def body(step: Int[Array, ""], totals: Sequence[Array]) -> list[Array]:
-            return [total + value for total, value in zip(totals, tile(step), strict=True)]
+            return [total + value for total, value in zip(totals, quantities(step, read(step)), strict=True)]
 
-        return [total.sum(axis=0) for total in jax.lax.fori_loop(0, self.steps, body, zeros)]
+        zeros = [jnp.zeros((self.blocks.rows, self.blocks.columns), jnp.float32)] * count
+        return [total.sum(axis=0) for total in jax.lax.fori_loop(0, self.steps, body, zeros)], read
+
+    def each(self, write: Callable[[Any], None]) -> None:
+        """Call `write` for all steps."""
+        if self.steps == 1:
+            write(0)
+        else:
+            jax.lax.fori_loop(0, self.steps, lambda step, _: write(step), None)
 
     def group_mean(self, value: Float[Array, " columns"]) -> Float[Array, " columns"]:
         """Each channel's mean of its group, of sums over the positions."""
@@ -157,13 +172,13 @@ def forward(norm: Norm, parts: Sequence[Array], offset: Array | None, p: Array, 
         def read(step: Int[Array, ""]) -> Array:
             return tiles.load(inputs[:count], step)
 
-        def moments(step: Int[Array, ""]) -> list[Array]:
-            x = read(step)
+        def moments(step: Int[Array, ""], x: Array) -> list[Array]:
             if offset is not None:
                 x = tiles.mask_rows(step, x + shift[None, :])
             return [x, x * x]
 
-        mean, square = (tiles.group_mean(total) for total in tiles.sums(moments, 2))
+        totals, read_again = tiles.sums(read, moments, 2)
+        mean, square = (tiles.group_mean(total) for total in totals)
         inv = jax.lax.rsqrt(jnp.maximum(square - mean * mean, 0.0) + norm.eps)
         tiles.store_vector(mean_ref, mean)
         tiles.store_vector(inv_ref, inv)
@@ -171,11 +186,11 @@ def forward(norm: Norm, parts: Sequence[Array], offset: Array | None, p: Array, 
         constant = tiles.vector(q_ref) + (shift - mean) * slope
         whole = Tiles(norm, [sum(widths)], positions)
 
-        def write(step: Int[Array, ""], _: Any) -> None:
-            u = read(step) * slope[None, :] + constant[None, :]
+        def write(step: Int[Array, ""]) -> None:
+            u = read_again(step) * slope[None, :] + constant[None, :]
             whole.store([y_ref], step, u * tiles.sigmoid(u) if norm.silu else u)
 
-        jax.lax.fori_loop(0, tiles.steps, write, None)
+        tiles.each(write)
 
     stats = jax.ShapeDtypeStruct((batch, sum(widths)), jnp.float32)
     y = jax.ShapeDtypeStruct((batch, positions, sum(widths)), norm.dtype)
@@ -217,12 +232,12 @@ def backward(
                 du = du * (s + u * s * (1 - s))
             return x, du
 
-        def products(step: Int[Array, ""]) -> list[Array]:
-            x, du = read(step)
+        def products(step: Int[Array, ""], tile: tuple[Array, Array]) -> list[Array]:
+            x, du = tile
             x = (x - mean[None, :]) * inv[None, :]
             return [du, du * x, *([] if offset is None else [tiles.mask_rows(step, x)])]
 
-        dq, dp, *normalised = tiles.sums(products, 2 if offset is None else 3)
+        (dq, dp, *normalised), read_again = tiles.sums(read, products, 2 if offset is None else 3)
         tiles.store_vector(refs_out[-2], dp)
         tiles.store_vector(refs_out[-1], dq)
         first, second = tiles.group_mean(scale * dq), tiles.group_mean(scale * dp)
@@ -232,12 +247,12 @@ def backward(
         across = inv * inv * second
         rest = inv * first - mean * across
 
-        def write(step: Int[Array, ""], _: Any) -> None:
-            x, du = read(step)
+        def write(step: Int[Array, ""]) -> None:
+            x, du = read_again(step)
             dx = du * slope[None, :] - (x * across[None, :] + rest[None, :])
             tiles.store(refs_out[:count], step, dx + tiles.load(others, step) if kept else dx)
 
-        jax.lax.fori_loop(0, tiles.steps, write, None)
+        tiles.each(write)
 
     stats = jax.ShapeDtypeStruct((batch, channels), jnp.float32)
     inputs = [dy, *kept, *parts, *([] if offset is None else [offset]), p, q, mean, inv]
