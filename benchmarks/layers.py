@@ -1,10 +1,12 @@
 """The fast forms of layers beside the plain ones: milliseconds of a forward pass, and of a backward pass after it.
 
     python -m benchmarks.layers           # at the shapes of the networks of benchmarks.train_step, on a GPU
+    python -m benchmarks.layers --tiles=4096x64x16,8192x32x16    # norms cut otherwise, for another GPU
     python -m benchmarks.layers --tiny    # a rehearsal on a CPU, where norms have one form
 
 Bfloat16. The backward pass is the gradients of all inputs, as the difference to both passes in one program. "traffic"
-is what a norm's arrays take to be read and written once at the speed of a large copy, which is measured first.
+is what a norm's arrays take to be read and written once at the speed of a large copy, which is measured first. A tile
+is its elements x the channels of a block at least x the elements of a thread, in `models/norm_kernels.py`.
 """
 
 import argparse
@@ -15,7 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from benchmarks.harness import markdown
+from benchmarks.harness import markdown, one_line
 from jaxdiff.models import norm
 from jaxdiff.models.layers import FORMS
 from jaxdiff.models.norm import Norm
@@ -67,22 +69,43 @@ def copy_speed(size: int) -> float:
     return 2 * x.nbytes / (1e-3 * milliseconds(jax.jit(lambda x: x + 1), x))
 
 
+def norm_inputs(batch: int, positions: int, widths: Sequence[int]) -> tuple[Any, Any]:
+    """The arguments of a norm's forms behind the first, but for the offset, and a gradient of what they return."""
+    parts = tuple(draw(batch, positions, width) for width in widths)
+    vectors = [draw(batch, sum(widths), dtype=jnp.float32) for _ in range(2)]
+    return (parts, *vectors), (draw(batch, positions, sum(widths)), parts)
+
+
+def time_norm(form: Callable[..., Any], inputs: Any, gradient: Any) -> str:
+    """Milliseconds forward / backward; what went wrong, if it did."""
+    settings = Norm(32, 1e-5, True, jnp.dtype(DTYPE))
+    try:
+        times = both_ways(lambda parts, p, q: form(settings, parts, None, p, q), inputs, gradient)
+    except Exception as error:  # a tile that does not fit
+        return one_line(error)[:40]
+    return " / ".join(f"{t:.3f}" for t in times)
+
+
 def norm_row(batch: int, positions: int, widths: Sequence[int], speed: float) -> list[str]:
     """A norm's row of the table."""
-    channels = sum(widths)
-    settings = Norm(32, 1e-5, True, jnp.dtype(DTYPE))
-    parts = tuple(draw(batch, positions, width) for width in widths)
-    vectors = [draw(batch, channels, dtype=jnp.float32) for _ in range(2)]
-    gradient = draw(batch, positions, channels), parts
-    cells = [f"{batch} x {positions} x {' + '.join(map(str, widths))}"]
-    for form in (norm.reference, norm.normalise):
-        if form is norm.normalise and not norm.has_kernel():
-            cells.append("")
-            continue
-        times = both_ways(lambda *a, form=form: form(settings, a[0], None, *a[1:]), (parts, *vectors), gradient)
-        cells.append(" / ".join(f"{t:.3f}" for t in times))
-    once = 1e3 * batch * positions * channels * parts[0].itemsize / speed
+    inputs, gradient = norm_inputs(batch, positions, widths)
+    cells = [f"{batch} x {positions} x {' + '.join(map(str, widths))}", time_norm(norm.reference, inputs, gradient)]
+    cells.append(time_norm(norm.normalise, inputs, gradient) if norm.has_kernel() else "")
+    once = 1e3 * gradient[0].nbytes / speed
     return [*cells, f"{2 * once:.3f} / {4 * once:.3f}"]
+
+
+def tile_row(batch: int, positions: int, widths: Sequence[int], tiles: Sequence[tuple[int, int, int]]) -> list[str]:
+    """A norm's row of the table of ways to cut it."""
+    from jaxdiff.models import norm_kernels
+
+    inputs, gradient = norm_inputs(batch, positions, widths)
+    cells = [f"{batch} x {positions} x {' + '.join(map(str, widths))}"]
+    for tile, channels, elements in tiles:
+        norm_kernels.largest_tile = lambda _, tile=tile: tile
+        norm_kernels.NARROWEST, norm_kernels.PER_THREAD = channels, elements
+        cells.append(time_norm(norm.normalise, inputs, gradient))
+    return cells
 
 
 def convolution_row(form: str, shape: tuple[int, ...], features: int) -> list[str]:
@@ -100,7 +123,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tiny", action="store_true")
+    parser.add_argument(
+        "--tiles", default="", help="ELEMENTSxCHANNELSxELEMENTS_OF_A_THREAD, commas between: these alone"
+    )
     args = parser.parse_args(argv)
+    if args.tiles:
+        if not norm.has_kernel():
+            parser.error(f"--tiles={args.tiles}: needs a GPU whose norms are kernels of ours")
+        tiles = [tuple(map(int, tile.split("x"))) for tile in args.tiles.split(",")]
+        columns = ("forward / backward, ms", *args.tiles.split(","))
+        print(markdown(columns, [tile_row(*shape, tiles) for shape in NORMS]))
+        return
     norms, convolutions = ([(2, 64, (64,))], [("up", (2, 4, 4, 8), 8)]) if args.tiny else (NORMS, CONVOLUTIONS)
     speed = copy_speed(2**16 if args.tiny else 2**27)
     print(f"{jax.devices()[0].device_kind}: a copy reads and writes {speed / 1e12:.2f} TB/s\n")
