@@ -60,6 +60,29 @@ def test_kernels_are_the_reference(positions, widths, groups, offset, silu, kept
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-6 * np.abs(b).max())
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize(
+    ("positions", "widths"), [(16384, (128,)), (1024, (256, 128)), (81, (384,)), (16, (64,)), (256, (32, 8))]
+)
+def test_kernels_are_what_triton_takes(positions, widths):
+    settings = Norm(8, 1e-5, True, jnp.dtype("bfloat16"))
+    parts = tuple(jax.ShapeDtypeStruct((2, positions, width), jnp.bfloat16) for width in widths)
+    vector = jax.ShapeDtypeStruct((2, sum(widths)), jnp.float32)
+
+    def loss(*arguments):
+        y, parts = normalise(settings, *arguments)
+        return sum(x.astype(jnp.float32).sum() for x in (y, *parts))
+
+    traced = jax.jit(jax.grad(loss, (0, 1, 2, 3))).trace(parts, vector, vector, vector)
+    try:
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    except RuntimeError as error:
+        if "No supported GPU" in str(error):
+            pytest.skip("this JAX asks the GPU before it lowers anything for it")
+        raise
+    assert text.count("group_norm_forward") and text.count("group_norm_backward")
+
+
 def test_kernels_round_only_what_they_return():
     settings = Norm(16, 1e-5, True, jnp.dtype("bfloat16"), interpret=True)
     arguments = inputs(1, 64, (64,), False, dtype="bfloat16")
