@@ -15,6 +15,7 @@ import ast
 import json
 import pathlib
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -57,12 +58,17 @@ def main() -> None:
         config.update(epochs=0.0, steps=args.steps, sample_every=0, checkpoint_every=args.steps)
         config.sample.guidance = 0.0
         config.eval.update(scores=("fd",), num=args.num)
-        for assignment in args.set:
-            field, value = assignment.split("=", 1)
-            config.update_from_flattened_dict({field: value if field.endswith("path") else ast.literal_eval(value)})
+        set_fields(config, args.set)
         check.validate(config, mesh.size)
         compare(config, args.workdir / name, args.nll, mesh)
         print(write_tables(args.workdir))
+
+
+def set_fields(config: ConfigDict, assignments: Sequence[str]) -> None:
+    """Set fields of `config`, each by FIELD=VALUE, a path or a Python literal."""
+    for assignment in assignments:
+        field, value = assignment.split("=", 1)
+        config.update_from_flattened_dict({field: value if field.endswith("path") else ast.literal_eval(value)})
 
 
 def compare(config: ConfigDict, folder: pathlib.Path, nll: int, mesh: Any) -> None:

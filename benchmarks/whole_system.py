@@ -11,7 +11,6 @@ autoencoder, its latents) are trained first in the workdir, and not measured.
 """
 
 import argparse
-import ast
 import json
 import pathlib
 import statistics
@@ -26,6 +25,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from benchmarks.harness import device, environment, markdown
+from benchmarks.techniques import set_fields
 from configs import ablations
 from jaxdiff import mesh as meshes
 from jaxdiff.config import check, files
@@ -115,9 +115,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     start()
     mesh = meshes.make_mesh()
     config = ablations.get_config(f"base,{args.experiment},{args.dataset}")
-    for assignment in args.set:
-        field, value = assignment.split("=", 1)
-        config.update_from_flattened_dict({field: value if field.endswith("path") else ast.literal_eval(value)})
+    set_fields(config, args.set)
     config.update(epochs=0.0, steps=1000, sample_every=0)
     check.validate(config, mesh.size)
     train, val = load_source(config.data, "train"), load_source(config.data, "val")
