@@ -69,9 +69,11 @@ class Tiles:
         self.ragged = positions % self.blocks.rows != 0
 
     def vector(self, ref: Any) -> Float[Array, " columns"]:
+        """What `ref` [C] has for the block's channels."""
         return triton.load(ref.at[self.channel], mask=self.used, other=None if self.used is None else 0.0)
 
     def store_vector(self, ref: Any, value: Float[Array, " columns"]) -> None:
+        """Write that."""
         triton.store(ref.at[self._places(self.channel, self.used)], value, mask=self.used)
 
     def _places(self, index: Int[Array, "..."], inside: Array | None) -> Int[Array, "..."]:
@@ -102,12 +104,14 @@ class Tiles:
         return pieces
 
     def load(self, refs: Sequence[Any], step: Int[Array, ""]) -> Float[Array, "rows columns"]:
+        """The tile of `step` of the concatenation of `refs` [N, C_i]; zero where there is none."""
         tiles = [
             triton.load(ref, mask=mask, other=None if mask is None else 0.0) for ref, mask in self._pieces(refs, step)
         ]
         return functools.reduce(jnp.add, [tile.astype(jnp.float32) for tile in tiles])
 
     def store(self, refs: Sequence[Any], step: Int[Array, ""], value: Float[Array, "rows columns"]) -> None:
+        """Write that, in the dtypes of `refs`."""
         for (ref, mask), whole in zip(self._pieces(refs, step), refs, strict=True):
             triton.store(ref, value.astype(whole.dtype), mask=mask)
 
@@ -150,12 +154,12 @@ class Tiles:
         if self.norm.interpret:
             return jax.nn.sigmoid(x)
         shape = [jax.ShapeDtypeStruct(x.shape, x.dtype)]
-        return triton.elementwise_inline_asm(SIGMOID, args=[x], constraints="=f,f", pack=1, result_shape_dtypes=shape)[
-            0
-        ]
+        (y,) = triton.elementwise_inline_asm(SIGMOID, args=[x], constraints="=f,f", pack=1, result_shape_dtypes=shape)
+        return y
 
     @property
     def steps(self) -> int:
+        """Tiles of a block of threads."""
         return pl.cdiv(self.positions, self.blocks.rows)
 
 

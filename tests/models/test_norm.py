@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from jaxdiff import mesh as meshes
+from jaxdiff import startup
 from jaxdiff.models import norm
 from jaxdiff.models.layers import ResBlock
 from jaxdiff.models.norm import GroupNorm, Norm, normalise, reference
@@ -122,7 +123,7 @@ def test_kernels_in_a_block_that_is_computed_again(monkeypatch):
         assert np.linalg.norm(a - b) <= 0.03 * np.linalg.norm(b)  # bfloat16
 
 
-def test_programs_of_several_devices_are_found_again_and_not_mistaken():
+def test_programs_of_several_devices_are_found_again_and_not_mistaken(monkeypatch):
     sharding = meshes.batch_sharding(meshes.make_mesh())
     x, p = (jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding) for shape in ((8, 4, 8), (8, 8)))
 
@@ -131,6 +132,9 @@ def test_programs_of_several_devices_are_found_again_and_not_mistaken():
         text = jax.jit(lambda x, p: normalise(settings, (x,), None, p, p)[0]).lower(x, p).as_text()
         return re.sub(r'backend_config = "[0-9]+"', "", text)  # the pointer, which the cache leaves out
 
+    monkeypatch.setattr(meshes, "initialize_distributed", lambda: None)
+    startup.start()
+    assert jax.config.jax_remove_custom_partitioning_ptr_from_cache_key
     assert key() == key()
     assert len({key(), key(silu=False), key(eps=1e-6), key(groups=2)}) == 4
 
