@@ -69,7 +69,7 @@ def start_jax(work: str, beside: bool) -> dict[str, float]:
         from jaxdiff.training.objectives import diffusion_objective
         from jaxdiff.training.optimizer import recipe_optimizer
         from jaxdiff.training.stages import run_train  # noqa: F401  # what it imports, training imports
-        from jaxdiff.training.step import make_init, make_train_step
+        from jaxdiff.training.step import formats, make_init, make_train_step
     with clock("devices"):
         mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:1])
         config = ddpm.get_config("folder")
@@ -83,10 +83,9 @@ def start_jax(work: str, beside: bool) -> dict[str, float]:
         create = make_init(lambda key: network.init(key, *example, example[1]), optimizer, mesh)
         key = named_key(0, "init")
     with clock("init, traced"):
-        whole = meshes.replicated(mesh)
-        state = jax.tree.map(
-            lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=whole), jax.eval_shape(create, key)
-        )
+        shapes = jax.eval_shape(create, key)
+        lies = formats(shapes, mesh)
+        state = jax.tree.map(lambda s, f: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=f), shapes, lies)
     image = np.random.default_rng(0).integers(0, 256, (batch_size, size, size, 3), np.uint8)
     batch = meshes.put_batch({"image": image, "label": np.zeros(batch_size, np.int32)}, mesh)
     compiling = None

@@ -114,19 +114,24 @@ class Conv3x3(nn.Module):
 
 
 class Conv1x1(nn.Module):
-    """1x1 convolution of a concatenation, of parameters `kernel` and `bias`; the concatenation is not made."""
+    """1x1 convolution of a concatenation, of parameters `kernel` and `bias`: (without bias, bias).
+
+    The concatenation is not made.
+    """
 
     features: int
     dtype: Dtype
 
     @nn.compact
-    def __call__(self, parts: Sequence[Float[Array, "batch h w _"]]) -> Float[Array, "batch h w features"]:
+    def __call__(
+        self, parts: Sequence[Float[Array, "batch h w _"]]
+    ) -> tuple[Float[Array, "batch h w features"], Float[Array, " features"]]:
         widths = [part.shape[-1] for part in parts]
         kernel = self.param("kernel", DEFAULT_KERNEL, (1, 1, sum(widths), self.features))[0, 0]
         bias = self.param("bias", ZEROS, (self.features,))
         kernels = jnp.split(kernel.astype(self.dtype), list(itertools.accumulate(widths))[:-1])
         products = [part.astype(self.dtype) @ k for part, k in zip(parts, kernels, strict=True)]
-        return add_bias(functools.reduce(jnp.add, products), bias)
+        return functools.reduce(jnp.add, products), bias
 
 
 def upsample(x: Float[Array, "batch h w c"]) -> Float[Array, "batch 2*h 2*w c"]:
@@ -188,10 +193,11 @@ class ResBlock(nn.Module):
                 offset = offset + e
         h, _ = norm("norm_out")((h,), offset, scale, shift)
         h = nn.Dropout(self.dropout, deterministic=deterministic)(h)
-        h = Conv3x3(self.features, self.dtype, zero=self.zero_init, name="conv_out")(h)
-        if sum(part.shape[-1] for part in parts) != self.features:
-            return Conv1x1(self.features, self.dtype, name="skip")(parts) + h
-        return jnp.concatenate(parts, axis=-1) + h
+        h, bias = Conv3x3(self.features, self.dtype, zero=self.zero_init, bias_apart=True, name="conv_out")(h)
+        if sum(part.shape[-1] for part in parts) == self.features:
+            return jnp.concatenate(parts, axis=-1) + add_bias(h, bias)
+        skip, skip_bias = Conv1x1(self.features, self.dtype, name="skip")(parts)
+        return skip + add_bias(h, bias + skip_bias)  # what cuDNN's convolutions add themselves: a vector, and a map
 
 
 class Downsample(nn.Module):

@@ -71,9 +71,8 @@ class GroupNorm(nn.Module):
         if scale is not None and shift is not None:
             factor = 1 + scale.astype(jnp.float32)
             p, q = p * factor, q * factor + shift.astype(jnp.float32)
-        p, q = (jnp.broadcast_to(a, (b, channels)) for a in (p, q))
         if offset is not None:
-            offset = jnp.broadcast_to(offset.astype(jnp.float32), (b, channels))
+            offset = offset.astype(jnp.float32)
         norm = Norm(math.gcd(self.groups, channels), self.eps, self.silu, jnp.dtype(self.dtype), INTERPRET)
         flat = tuple(part.reshape(b, h * w, -1) for part in parts)
         y, flat = (normalise if has_kernel() else reference)(norm, flat, offset, p, q)
@@ -81,9 +80,12 @@ class GroupNorm(nn.Module):
 
 
 def reference(
-    norm: Norm, parts: tuple[Array, ...], offset: Array | None, p: Float[Array, "b c"], q: Float[Array, "b c"]
+    norm: Norm, parts: tuple[Array, ...], offset: Array | None, p: Float[Array, "#b c"], q: Float[Array, "#b c"]
 ) -> tuple[Float[Array, "b n c"], tuple[Array, ...]]:
-    """act(p x + q) of the normalised concatenation [B, N, C] plus offset [B, C], and the parts; left to XLA."""
+    """act(p x + q) of the normalised concatenation [B, N, C] plus offset, and the parts; left to XLA.
+
+    Offset, p and q are [B, C], or [1, C] for all images.
+    """
     x = jnp.concatenate(parts, axis=-1).astype(jnp.float32)
     if offset is not None:
         x = x + offset[:, None]
@@ -98,7 +100,7 @@ def reference(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def normalise(
-    norm: Norm, parts: tuple[Array, ...], offset: Array | None, p: Float[Array, "b c"], q: Float[Array, "b c"]
+    norm: Norm, parts: tuple[Array, ...], offset: Array | None, p: Float[Array, "#b c"], q: Float[Array, "#b c"]
 ) -> tuple[Float[Array, "b n c"], tuple[Array, ...]]:
     """`reference` by the kernels of `jaxdiff.models.norm_kernels`."""
     from jaxdiff.models import norm_kernels  # Pallas takes a second to import
@@ -123,8 +125,9 @@ def _backward(norm: Norm, saved: Any, gradients: Any) -> Any:
         kept = ()  # nothing else uses the parts
     dy, *kept = (jnp.zeros(g.shape, g.dtype) if isinstance(g, SymbolicZero) else g for g in (dy, *kept))
     out = norm_kernels.backward(norm, dy, kept, parts, offset, *rest)
-    n = len(parts)
-    return tuple(out[:n]), None if offset is None else out[n], out[-2], out[-1]
+    n, vectors = len(parts), [a for a in (offset, *rest[:2]) if a is not None]
+    sums = [g if v.shape == g.shape else g.sum(axis=0, keepdims=True) for g, v in zip(out[n:], vectors, strict=True)]
+    return tuple(out[:n]), *([] if offset is not None else [None]), *sums
 
 
 normalise.defvjp(_forward, _backward, symbolic_zeros=True)

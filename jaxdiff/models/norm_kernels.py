@@ -1,7 +1,7 @@
 """GroupNorm, with what `norm.GroupNorm` has around it, as two GPU kernels, written in Pallas and lowered by Triton.
 
-A block of threads has some groups of one image. Forward, it sums over their positions, and reads them again (from the
-cache, where the map is small) for y; backward likewise, where the first sums are the gradients of scale and shift.
+A block of threads has some groups of one image. Forward, it sums over their positions, and reads them again for y;
+backward likewise, where the first sums are the gradients of scale and shift.
 """
 
 import functools
@@ -21,17 +21,34 @@ from jaxtyping import Array, Float, Int
 
 from jaxdiff.models.norm import Norm
 
-NARROWEST = 64  # channels of a block of threads at least, so that it reads whole lines of memory
 SOURCE = zlib.crc32(pathlib.Path(__file__).read_bytes())
-PER_THREAD = 16  # elements of an array that a thread has at a time
 
 SIGMOID = """{ .reg .f32 t; mul.f32 t, $1, 0fBFB8AA3B; ex2.approx.ftz.f32 t, t;
 add.f32 t, t, 0f3F800000; rcp.approx.ftz.f32 $0, t; }"""  # 1 / (1 + 2^(-log2(e) x))
 
 
-def largest_tile(positions: int) -> int:
-    """Elements of an array that a block of threads has at a time; found by trying, on an H100."""
-    return 8192 if positions >= 1024 else 4096
+class Tuning(NamedTuple):
+    """What kernels are cut by; found by trying, on an H100 (`benchmarks.layers --tiles`).
+
+    tile: elements of an array that a block of threads has at a time, at most. narrowest: channels of a block at least,
+    so that it reads whole lines of memory. per_thread: elements of a tile that a thread has. neighbours: channels that
+    it reads at once: what is one number a channel takes as many registers, of which there are few. ahead: whether the
+    next tile is read while one is worked on. keep: whether all tiles are read once and kept in registers.
+    """
+
+    tile: int
+    narrowest: int = 64
+    per_thread: int = 16
+    neighbours: int = 4
+    ahead: bool = False
+    keep: bool = False
+
+
+def tuning(positions: int, backward: bool) -> Tuning:
+    """That of a kernel."""
+    if positions < 1024:
+        return Tuning(4096 if backward else 8192)
+    return Tuning(8192, ahead=True) if backward else Tuning(8192, per_thread=8)
 
 
 class Blocks(NamedTuple):
@@ -45,25 +62,27 @@ class Blocks(NamedTuple):
     columns: int
     rows: int
     warps: int
+    tuning: Tuning
 
 
-def cut(positions: int, channels: int, groups: int) -> Blocks:
-    """The fewest whole groups of `NARROWEST` channels or more, if there are, and the rows that fill a tile."""
-    group = channels // groups
+def cut(positions: int, channels: int, groups: int, backward: bool) -> Blocks:
+    """The fewest whole groups of `narrowest` channels or more, if there are, and the rows that fill a tile."""
+    group, tuned = channels // groups, tuning(positions, backward)
     counts = [n for n in range(1, groups + 1) if groups % n == 0]
-    used = group * next((n for n in counts if n * group >= NARROWEST), groups)
+    used = group * next((n for n in counts if n * group >= tuned.narrowest), groups)
     columns = pl.next_power_of_2(used)
-    rows = max(1, min(largest_tile(positions) // columns, pl.next_power_of_2(positions)))
-    return Blocks(group, used, columns, rows, max(1, rows * columns // (32 * PER_THREAD)))
+    rows = max(1, min(tuned.tile // columns, pl.next_power_of_2(positions)))
+    return Blocks(group, used, columns, rows, max(1, rows * columns // (32 * tuned.per_thread)), tuned)
 
 
 class Tiles:
     """The tiles of a block of threads: where they are, and arithmetic that both kernels share."""
 
-    def __init__(self, norm: Norm, widths: Sequence[int], positions: int):
-        self.blocks = cut(positions, sum(widths), norm.groups)
-        self.norm, self.widths, self.positions = norm, widths, positions
-        self.column = jnp.arange(self.blocks.columns)
+    def __init__(self, norm: Norm, blocks: Blocks, widths: Sequence[int], positions: int):
+        self.norm, self.blocks, self.widths, self.positions = norm, blocks, widths, positions
+        column, neighbours = jnp.arange(blocks.columns), min(blocks.tuning.neighbours, blocks.columns)
+        # Triton has a thread read as many at once as it knows to be neighbours.
+        self.column = jax.lax.div(column, neighbours) * neighbours + jax.lax.rem(column, neighbours)
         self.channel = pl.program_id(0) * self.blocks.used + self.column
         self.used = None if self.blocks.used == self.blocks.columns else self.column < self.blocks.used
         self.ragged = positions % self.blocks.rows != 0
@@ -82,10 +101,10 @@ class Tiles:
             return index
         return jnp.where(inside, index, jnp.iinfo(jnp.int32).max)
 
-    def _rows(self, step: Int[Array, ""]) -> Int[Array, " rows"]:
+    def _rows(self, step: Any) -> Int[Array, " rows"]:
         return step * self.blocks.rows + jnp.arange(self.blocks.rows)
 
-    def _pieces(self, refs: Sequence[Any], step: Int[Array, ""]) -> list[tuple[Any, Array | None]]:
+    def _pieces(self, refs: Sequence[Any], step: Any) -> list[tuple[Any, Array | None]]:
         """(reference to a tile's elements, mask) of each part; without a mask where all are its elements."""
         pieces, low = [], 0
         rows = self._rows(step)[:, None]
@@ -103,14 +122,17 @@ class Tiles:
             low += width
         return pieces
 
-    def load(self, refs: Sequence[Any], step: Int[Array, ""]) -> Float[Array, "rows columns"]:
-        """The tile of `step` of the concatenation of `refs` [N, C_i]; zero where there is none."""
-        tiles = [
+    def load(self, refs: Sequence[Any], step: Any) -> list[Array]:
+        """The tile of `step` of the concatenation of `refs` [N, C_i], to be `joined`; zero where there is none."""
+        return [
             triton.load(ref, mask=mask, other=None if mask is None else 0.0) for ref, mask in self._pieces(refs, step)
         ]
+
+    def joined(self, tiles: Sequence[Array]) -> Float[Array, "rows columns"]:
+        """What `load` returned as one."""
         return functools.reduce(jnp.add, [tile.astype(jnp.float32) for tile in tiles])
 
-    def store(self, refs: Sequence[Any], step: Int[Array, ""], value: Float[Array, "rows columns"]) -> None:
+    def store(self, refs: Sequence[Any], step: Any, value: Float[Array, "rows columns"]) -> None:
         """Write that, in the dtypes of `refs`."""
         for (ref, mask), whole in zip(self._pieces(refs, step), refs, strict=True):
             triton.store(ref, value.astype(whole.dtype), mask=mask)
@@ -118,26 +140,48 @@ class Tiles:
     def sums(
         self, read: Callable[[Any], Any], quantities: Callable[[Any, Any], Sequence[Array]], count: int
     ) -> tuple[list[Float[Array, " columns"]], Callable[[Any], Any]]:
-        """Sums over all positions of the `count` `quantities(step, read(step))`, and what to read with from now on.
+        """Sums over all positions of the `count` `quantities(step, read(step))`, and what to read with from now on."""
 
-        Where there is but one tile it is kept, and not read again.
-        """
-        if self.steps == 1:
-            tile = read(0)
-            return [value.sum(axis=0) for value in quantities(0, tile)], lambda _: tile
-
-        def body(step: Int[Array, ""], totals: Sequence[Array]) -> list[Array]:
-            return [total + value for total, value in zip(totals, quantities(step, read(step)), strict=True)]
+        def add(step: Any, tile: Any, totals: Sequence[Array]) -> list[Array]:
+            return [total + value for total, value in zip(totals, quantities(step, tile), strict=True)]
 
         zeros = [jnp.zeros((self.blocks.rows, self.blocks.columns), jnp.float32)] * count
-        return [total.sum(axis=0) for total in jax.lax.fori_loop(0, self.steps, body, zeros)], read
+        totals, kept = self._each(read, add, zeros)
+        sums = [total.sum(axis=0) for total in totals]
+        if kept is None:
+            return sums, read
+        zero = jnp.where(sums[0] * 0 == 0, 0, 1).astype(jnp.int16)  # unless that is not finite
+        return sums, lambda step: jax.tree.map(functools.partial(self._again, zero), kept[step])
 
-    def each(self, write: Callable[[Any], None]) -> None:
-        """Call `write` for all steps."""
-        if self.steps == 1:
-            write(0)
-        else:
-            jax.lax.fori_loop(0, self.steps, lambda step, _: write(step), None)
+    def _again(self, zero: Int[Array, " columns"], tile: Float[Array, "rows columns"]) -> Float[Array, "rows columns"]:
+        """`tile`, in a way that has the compiler convert it again: it would keep the numbers of twice the size."""
+        if self.norm.interpret or tile.dtype.itemsize != 2:
+            return tile
+        zeros, shape = jnp.broadcast_to(zero, tile.shape), [jax.ShapeDtypeStruct(tile.shape, tile.dtype)]
+        args, asm = [tile, zeros], "xor.b32 $0, $1, $2;"
+        return triton.elementwise_inline_asm(asm, args=args, constraints="=r,r,r", pack=2, result_shape_dtypes=shape)[0]
+
+    def each(self, read: Callable[[Any], Any], write: Callable[[Any, Any], None]) -> None:
+        """Call `write(step, read(step))` for all steps."""
+        self._each(read, lambda step, tile, _: write(step, tile), None)
+
+    def _each(
+        self, read: Callable[[Any], Any], body: Callable[[Any, Any, Any], Any], carry: Any
+    ) -> tuple[Any, list[Any] | None]:
+        """`carry = body(step, read(step), carry)` for all steps; and all that was read, if it was kept."""
+        if self.steps == 1 or self.blocks.tuning.keep:
+            kept = [read(step) for step in range(self.steps)]
+            for step, tile in enumerate(kept):
+                carry = body(step, tile, carry)
+            return carry, kept
+        if not self.blocks.tuning.ahead:
+            return jax.lax.fori_loop(0, self.steps, lambda step, carry: body(step, read(step), carry), carry), None
+
+        def turn(step: Any, state: Any) -> Any:
+            following = read(jnp.minimum(step + 1, self.steps - 1))
+            return following, body(step, state[0], state[1])
+
+        return jax.lax.fori_loop(0, self.steps, turn, (read(0), carry))[1], None
 
     def group_mean(self, value: Float[Array, " columns"]) -> Float[Array, " columns"]:
         """Each channel's mean of its group, of sums over the positions."""
@@ -145,7 +189,7 @@ class Tiles:
         same = group[:, None] == group[None, :]
         return jnp.where(same, value[None, :], 0.0).sum(axis=1) / (self.positions * self.blocks.group)
 
-    def mask_rows(self, step: Int[Array, ""], value: Array) -> Array:
+    def mask_rows(self, step: Any, value: Array) -> Array:
         """Zero outside of the positions, where there are such rows."""
         return jnp.where((self._rows(step) < self.positions)[:, None], value, 0.0) if self.ragged else value
 
@@ -166,17 +210,18 @@ class Tiles:
 def forward(norm: Norm, parts: Sequence[Array], offset: Array | None, p: Array, q: Array) -> tuple[Array, Array, Array]:
     """y [B, N, C], and the mean and 1 / standard deviation of each channel's group [B, C]; see `norm.normalise`."""
     widths, (batch, positions, _) = [part.shape[-1] for part in parts], parts[0].shape
-    count, blocks = len(parts), cut(positions, sum(widths), norm.groups)
+    count, blocks = len(parts), cut(positions, sum(widths), norm.groups, backward=False)
 
     def group_norm_forward(*refs: Any) -> None:
         inputs, (p_ref, q_ref), (y_ref, mean_ref, inv_ref) = refs[:-5], refs[-5:-3], refs[-3:]
-        tiles = Tiles(norm, widths, positions)
+        tiles = Tiles(norm, blocks, widths, positions)
         shift = tiles.vector(inputs[count]) if offset is not None else jnp.zeros(tiles.blocks.columns)
 
-        def read(step: Int[Array, ""]) -> Array:
+        def read(step: Any) -> list[Array]:
             return tiles.load(inputs[:count], step)
 
-        def moments(step: Int[Array, ""], x: Array) -> list[Array]:
+        def moments(step: Any, tile: list[Array]) -> list[Array]:
+            x = tiles.joined(tile)
             if offset is not None:
                 x = tiles.mask_rows(step, x + shift[None, :])
             return [x, x * x]
@@ -188,13 +233,13 @@ def forward(norm: Norm, parts: Sequence[Array], offset: Array | None, p: Array, 
         tiles.store_vector(inv_ref, inv)
         slope = inv * tiles.vector(p_ref)
         constant = tiles.vector(q_ref) + (shift - mean) * slope
-        whole = Tiles(norm, [sum(widths)], positions)
+        whole = Tiles(norm, blocks, [sum(widths)], positions)
 
-        def write(step: Int[Array, ""]) -> None:
-            u = read_again(step) * slope[None, :] + constant[None, :]
+        def write(step: Any, tile: list[Array]) -> None:
+            u = tiles.joined(tile) * slope[None, :] + constant[None, :]
             whole.store([y_ref], step, u * tiles.sigmoid(u) if norm.silu else u)
 
-        tiles.each(write)
+        tiles.each(read_again, write)
 
     stats = jax.ShapeDtypeStruct((batch, sum(widths)), jnp.float32)
     y = jax.ShapeDtypeStruct((batch, positions, sum(widths)), norm.dtype)
@@ -213,31 +258,36 @@ def backward(
     mean: Array,
     inv: Array,
 ) -> list[Array]:
-    """Gradients of the parts, of the offset where there is one, and of p and q; `kept` (none or as many as parts) are
-    the gradients of other uses of the parts, and are added."""
+    """Gradients of the parts, and of each image for the offset, where there is one, and for p and q.
+
+    `kept` (none or as many as parts) are the gradients of other uses of the parts, and are added.
+    """
     widths, (batch, positions, channels) = [part.shape[-1] for part in parts], dy.shape
-    count, blocks = len(parts), cut(positions, channels, norm.groups)
+    count, blocks = len(parts), cut(positions, channels, norm.groups, backward=True)
 
     def group_norm_backward(*refs: Any) -> None:
         refs_in, refs_out = refs[: len(inputs)], refs[len(inputs) :]
         dy_ref, others, x_refs = refs_in[0], refs_in[1 : 1 + len(kept)], refs_in[1 + len(kept) :][:count]
-        tiles, whole = Tiles(norm, widths, positions), Tiles(norm, [channels], positions)
+        tiles, whole = Tiles(norm, blocks, widths, positions), Tiles(norm, blocks, [channels], positions)
         scale, shift, mean, inv = (tiles.vector(ref) for ref in refs_in[-4:])
         if offset is not None:
             mean = mean - tiles.vector(refs_in[-5])  # of the parts alone
         slope, constant = inv * scale, shift - mean * inv * scale
 
-        def read(step: Int[Array, ""]) -> tuple[Array, Array]:
+        def read(step: Any) -> tuple[list[Array], list[Array]]:
+            return tiles.load(x_refs, step), whole.load([dy_ref], step)
+
+        def x_and_du(tile: tuple[list[Array], list[Array]]) -> tuple[Array, Array]:
             """x, and the gradient of what is before SiLU."""
-            x, du = tiles.load(x_refs, step), whole.load([dy_ref], step)
+            x, du = tiles.joined(tile[0]), whole.joined(tile[1])
             if norm.silu:
                 u = x * slope[None, :] + constant[None, :]
                 s = tiles.sigmoid(u)
                 du = du * (s + u * s * (1 - s))
             return x, du
 
-        def products(step: Int[Array, ""], tile: tuple[Array, Array]) -> list[Array]:
-            x, du = tile
+        def products(step: Any, tile: Any) -> list[Array]:
+            x, du = x_and_du(tile)
             x = (x - mean[None, :]) * inv[None, :]
             return [du, du * x, *([] if offset is None else [tiles.mask_rows(step, x)])]
 
@@ -251,12 +301,12 @@ def backward(
         across = inv * inv * second
         rest = inv * first - mean * across
 
-        def write(step: Int[Array, ""]) -> None:
-            x, du = read_again(step)
+        def write(step: Any, tile: Any) -> None:
+            x, du = x_and_du(tile)
             dx = du * slope[None, :] - (x * across[None, :] + rest[None, :])
-            tiles.store(refs_out[:count], step, dx + tiles.load(others, step) if kept else dx)
+            tiles.store(refs_out[:count], step, dx + tiles.joined(tiles.load(others, step)) if kept else dx)
 
-        tiles.each(write)
+        tiles.each(read_again, write)
 
     stats = jax.ShapeDtypeStruct((batch, channels), jnp.float32)
     inputs = [dy, *kept, *parts, *([] if offset is None else [offset]), p, q, mean, inv]
@@ -278,7 +328,8 @@ def _call(
         shapes = [jax.ShapeDtypeStruct((size, *o.shape[1:]), o.dtype) for o in outputs]
 
         def spec(a: Any) -> pl.BlockSpec:
-            return pl.BlockSpec((None, *a.shape[1:]), lambda _, image: (image, *[0] * (a.ndim - 1)))
+            every = 0 if a.shape[0] == 1 else 1  # else one for all images
+            return pl.BlockSpec((None, *a.shape[1:]), lambda _, image: (every * image, *[0] * (a.ndim - 1)))
 
         return pl.pallas_call(
             kernel,
@@ -294,13 +345,17 @@ def _call(
     def partition(mesh: Any, arguments: Any, results: Any) -> Any:
         own = NamedSharding(mesh, PartitionSpec(arguments[1].sharding.spec[0]))
         whole = NamedSharding(mesh, PartitionSpec())
-        return mesh, call, jax.tree.map(lambda _: own, results), (whole, *(own for _ in arguments[1:]))
+        shardings = [whole if a.shape[0] == 1 else own for a in arguments[1:]]
+        return mesh, call, jax.tree.map(lambda _: own, results), (whole, *shardings)
 
     # What stands for the kernel in a program of several devices says nothing of what it computes. The cache of compiled
     # programs, to whose keys `startup.start` leaves no other trace of it, tells programs apart by this number.
     identity = jnp.array([zlib.crc32(repr((SOURCE, kernel.__name__, norm, blocks)).encode())], jnp.uint32)
     shapes, count = [*(a.shape for a in inputs), *(o.shape for o in outputs)], itertools.count()
-    factors = [" ".join(["batch", *(f"d{next(count)}" for _ in shape[1:])]) for shape in shapes]
+    factors = [
+        " ".join([*(["batch"] if shape[0] > 1 else []), *(f"d{next(count)}" for _ in shape[shape[0] > 1 :])])
+        for shape in shapes
+    ]
     rule = f"{', '.join(['one', *factors[: len(inputs)]])} -> {', '.join(factors[len(inputs) :])}"
     split = custom_partitioning(call)
     split.def_partition(partition=partition, sharding_rule=rule)

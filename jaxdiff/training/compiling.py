@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 
 from jaxdiff.data import Source
 from jaxdiff.mesh import batch_sharding
+from jaxdiff.training.step import TrainStep
 
 
 def abstract_batch(source: Source, config: ConfigDict, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
@@ -32,7 +33,7 @@ class Compiling:
     works behind. Where the run ends before, the process ends when XLA has: it cannot be interrupted.
     """
 
-    def __init__(self, function: jax.stages.Wrapped, *args: Any) -> None:
+    def __init__(self, function: jax.stages.Wrapped | TrainStep, *args: Any) -> None:
         self._begin = time.monotonic()
         traced = function.trace(*args)
         self.jaxpr = traced.jaxpr

@@ -27,7 +27,25 @@ def make_optimizer(
 ) -> optax.GradientTransformation:
     """AdamW (arXiv 1711.05101) on gradients whose global norm is clipped; the decay is on all parameters."""
     adamw = optax.adamw(schedule, *betas, weight_decay=weight_decay)
-    return optax.chain(optax.clip_by_global_norm(clip_norm), adamw)
+    return optax.chain(clip_by_global_norm(clip_norm), adamw)
+
+
+def global_norm(tree: Any) -> Float[Array, ""]:
+    """Root of the sum of all squares; vectors are joined first, of which each would be a kernel or two on a GPU."""
+    leaves = jax.tree.leaves(tree)
+    vectors = [x for x in leaves if x.ndim == 1]
+    others = [x for x in leaves if x.ndim != 1]
+    return optax.tree.norm([*others, jnp.concatenate(vectors)] if vectors else others)
+
+
+def clip_by_global_norm(largest: float) -> optax.GradientTransformation:
+    """optax.clip_by_global_norm by the `global_norm` here."""
+
+    def clip(updates: Any, _: Any) -> Any:
+        norm = global_norm(updates)
+        return jax.tree.map(lambda x: jnp.where(norm < largest, x, x / norm * largest), updates)
+
+    return optax.stateless(clip)
 
 
 def recipe_optimizer(config: ConfigDict, total: int) -> tuple[optax.GradientTransformation, optax.Schedule]:

@@ -6,13 +6,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh
+from jax.experimental.layout import Format, Layout
+from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from jaxdiff.keys import named_key
 from jaxdiff.mesh import batch_sharding, replicated
 from jaxdiff.training.averages import Update, new_averages, update_all
-from jaxdiff.training.optimizer import ema_update
+from jaxdiff.training.optimizer import ema_update, global_norm
 
 Params = Any
 Batch = dict[str, Array]
@@ -82,6 +83,22 @@ def init_state(
     return make_init(init, optimizer, mesh, critic, averages, memory)(named_key(seed, "init"))
 
 
+def formats(state: Any, mesh: Mesh, gpu: bool | None = None) -> Any:
+    """How a state, or its shapes, lies on all devices: a tree of shardings, or of these with a layout.
+
+    On GPUs (by default: where JAX runs on them) the kernels of convolutions lie as cuDNN takes them and returns their
+    gradients, features first, which saves the transpositions of every step.
+    """
+    everywhere = replicated(mesh)
+
+    def format_of(x: Any) -> Format | NamedSharding:
+        kernel = len(x.shape) == 4 and x.shape[0] > 1
+        return Format(Layout((3, 0, 1, 2)), everywhere) if kernel else everywhere
+
+    gpu = jax.default_backend() == "gpu" if gpu is None else gpu
+    return jax.tree.map(format_of, state) if gpu else jax.tree.map(lambda _: everywhere, state)
+
+
 def make_init(
     init: Callable[[PRNGKeyArray], Params],
     optimizer: optax.GradientTransformation,
@@ -90,12 +107,13 @@ def make_init(
     averages: Iterable[str] = (),
     memory: Memory | None = None,
 ) -> jax.stages.Wrapped:
-    """Jitted key -> state of step 0, on all devices."""
+    """Jitted key -> state of step 0, in the `formats` of the step."""
 
     def create(key: PRNGKeyArray) -> TrainState:
         return new_state(init(key), optimizer, key, critic, averages, memory)
 
-    return jax.jit(create, out_shardings=replicated(mesh))
+    shapes = jax.eval_shape(create, named_key(0, "init"))
+    return jax.jit(create, out_shardings=formats(shapes, mesh))
 
 
 def new_state(
@@ -125,8 +143,8 @@ def make_train_step(
     ema_decay: float,
     accumulate: int = 1,
     averages: Mapping[str, Update] | None = None,
-) -> jax.stages.Wrapped:
-    """Jitted (state, batch, frozen) -> (state, metrics); the state is donated, the batch split over the mesh.
+) -> "TrainStep":
+    """(state, batch, frozen) -> (state, metrics), jitted; the state is donated, the batch split over the mesh.
 
     Metrics are means over the global batch, with "loss", "lr" and "grad_norm" (before clipping) among them. With
     `accumulate` parts the gradient is the same mean, computed part by part, in 1/accumulate of the memory. `frozen` is
@@ -167,7 +185,7 @@ def make_train_step(
         inputs = objective.prepare(batch, jax.random.fold_in(root, state.step), state.memory)
         key = jax.random.fold_in(dropout_root, state.step)
         (grads, critic_grads), metrics, seen = (accumulated if accumulate > 1 else gradient)(state, inputs, key, frozen)
-        metrics |= {"lr": jnp.asarray(schedule(state.step)), "grad_norm": optax.tree.norm(grads)}
+        metrics |= {"lr": jnp.asarray(schedule(state.step)), "grad_norm": global_norm(grads)}
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         ema = ema_update(state.ema, params, state.step, ema_decay)
@@ -180,8 +198,33 @@ def make_train_step(
             state = state._replace(critic=optax.apply_updates(state.critic, updates), critic_opt_state=opt_state)
         return state, metrics
 
-    whole, split = replicated(mesh), batch_sharding(mesh)
-    return jax.jit(step, in_shardings=(whole, split, whole), out_shardings=(whole, whole), donate_argnums=0)
+    return TrainStep(step, mesh)
+
+
+class TrainStep:
+    """A step, jitted for states in their `formats`; to be called, traced and lowered as what jax.jit returns."""
+
+    def __init__(self, step: Callable[[TrainState, Batch, Any], tuple[TrainState, dict[str, Array]]], mesh: Mesh):
+        self._step, self._mesh = step, mesh
+        self._jitted: dict[Any, jax.stages.Wrapped] = {}
+
+    def _jit(self, state: TrainState) -> jax.stages.Wrapped:
+        leaves, tree = jax.tree.flatten(formats(state, self._mesh))
+        key = (tree, tuple(leaves))
+        if key not in self._jitted:
+            whole, split, lies = replicated(self._mesh), batch_sharding(self._mesh), jax.tree.unflatten(tree, leaves)
+            places: dict[str, Any] = {"in_shardings": (lies, split, whole), "out_shardings": (lies, whole)}
+            self._jitted[key] = jax.jit(self._step, **places, donate_argnums=0)
+        return self._jitted[key]
+
+    def __call__(self, state: TrainState, batch: Batch, frozen: Any) -> tuple[TrainState, dict[str, Array]]:
+        return self._jit(state)(state, batch, frozen)
+
+    def trace(self, state: TrainState, batch: Batch, frozen: Any) -> jax.stages.Traced:
+        return self._jit(state).trace(state, batch, frozen)
+
+    def lower(self, state: TrainState, batch: Batch, frozen: Any) -> jax.stages.Lowered:
+        return self._jit(state).lower(state, batch, frozen)
 
 
 def make_eval_step(

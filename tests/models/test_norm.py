@@ -10,7 +10,7 @@ import pytest
 
 from jaxdiff import mesh as meshes
 from jaxdiff import startup
-from jaxdiff.models import norm
+from jaxdiff.models import norm, norm_kernels
 from jaxdiff.models.layers import ResBlock
 from jaxdiff.models.norm import GroupNorm, Norm, normalise, reference
 from jaxdiff.models.unet import REMAT
@@ -84,6 +84,18 @@ def test_kernels_are_what_triton_takes(positions, widths):
     assert text.count("group_norm_forward") and text.count("group_norm_backward")
 
 
+@pytest.mark.parametrize("cut", [{"ahead": True}, {"keep": True}, {"neighbours": 2}, {"ahead": True, "tile": 4096}])
+def test_kernels_cut_otherwise_are_the_same(cut, monkeypatch):
+    tuned = norm_kernels.Tuning(**{"tile": 512, "narrowest": 16, **cut})
+    monkeypatch.setattr(norm_kernels, "tuning", lambda positions, backward: tuned)
+    settings = Norm(8, 1e-5, True, jnp.dtype("float32"), interpret=True)
+    parts, offset, p, q = inputs(2, 100, (32,), True)
+    arguments = parts, offset[:1], p, q[:1]  # of all images
+    ours, theirs = (compute(f, settings, arguments, 1) for f in (normalise, reference))
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-4)
+
+
 def test_kernels_round_only_what_they_return():
     settings = Norm(16, 1e-5, True, jnp.dtype("bfloat16"), interpret=True)
     arguments = inputs(1, 64, (64,), False, dtype="bfloat16")
@@ -93,11 +105,14 @@ def test_kernels_round_only_what_they_return():
         assert np.abs(a.astype(np.float32) - b).max() <= 2**-8 * np.abs(b).max()
 
 
-def test_kernels_of_a_batch_that_is_split_over_devices():
+@pytest.mark.parametrize("shared", [False, True])
+def test_kernels_of_a_batch_that_is_split_over_devices(shared):
     settings = Norm(8, 1e-5, True, jnp.dtype("float32"), interpret=True)
-    arguments = inputs(8, 16, (16,), True)
-    split = meshes.batch_sharding(meshes.make_mesh())
-    everywhere = jax.tree.map(lambda a: jax.device_put(a, split), arguments)
+    parts, *vectors = inputs(8, 16, (16,), True)
+    arguments = parts, *(v[:1] if shared else v for v in vectors)
+    mesh = meshes.make_mesh()
+    split, whole = meshes.batch_sharding(mesh), meshes.replicated(mesh)
+    everywhere = jax.tree.map(lambda a: jax.device_put(a, whole if a.shape[0] == 1 else split), arguments)
     whole, parted = (compute(normalise, settings, a, kept=0) for a in (arguments, everywhere))
     assert len({s.data.shape for s in parted[0].addressable_shards}) == 1
     assert parted[0].addressable_shards[0].data.shape == (1, 16, 16)  # nobody gathers the batch

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 
 import jax
@@ -9,9 +10,10 @@ import numpy as np
 import pytest
 
 from jaxdiff.errors import ConfigError, Stopped
-from jaxdiff.training import loop
+from jaxdiff.training import loop, step
 from jaxdiff.training.checkpoint import STATE_ITEMS, Checkpoints
 from jaxdiff.training.stages import run_train
+from jaxdiff.training.step import formats
 
 STEPS = 20
 pytestmark = pytest.mark.usefixtures("optimized")
@@ -133,3 +135,23 @@ def test_another_config_is_refused_before_anything_is_touched(tiny, whole):
     with pytest.raises(ConfigError, match=r"config.seed = 5: .* was made with 0;"):
         run_train(config, whole)
     assert {p: p.read_bytes() for p in whole.rglob("*") if p.is_file()} == files
+
+
+def test_kernels_that_lie_as_on_a_gpu(tiny, tmp_path, whole, monkeypatch):
+    """Restored, trained, validated, saved and sampled from with the kernels' features first in memory."""
+    workdir, seen = tmp_path / "run", []
+    shutil.copytree(whole, workdir)
+    shutil.rmtree(workdir / "checkpoints" / str(STEPS))
+
+    def features_first(state, mesh):
+        seen.append(formats(state, mesh, gpu=True))
+        return seen[-1]
+
+    for module in (step, loop):
+        monkeypatch.setattr(module, "formats", features_first)
+    run_train(config_of(tiny), workdir)
+    layouts = [str(f) for f in jax.tree.leaves(seen[-1].params)]
+    assert 5 < sum("3, 0, 1, 2" in text for text in layouts) < len(layouts)
+    (_, mine, _), (_, reference, _) = leaves(workdir), leaves(whole)
+    for name, value in reference.items():
+        np.testing.assert_allclose(mine[name], value, rtol=1e-3, atol=1e-5 + 1e-3 * np.abs(value).max(), err_msg=name)

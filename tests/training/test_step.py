@@ -14,7 +14,7 @@ from jaxdiff.build import build_network
 from jaxdiff.diffusion import make_schedule
 from jaxdiff.keys import named_key
 from jaxdiff.training.objectives import Recipe, diffusion_objective
-from jaxdiff.training.optimizer import lr_schedule, make_optimizer
+from jaxdiff.training.optimizer import clip_by_global_norm, global_norm, lr_schedule, make_optimizer
 from jaxdiff.training.step import Objective, init_state, make_eval_step, make_train_step
 
 GOLDEN = pathlib.Path(__file__).parent.parent / "golden" / "train_step.json"
@@ -182,3 +182,14 @@ if __name__ == "__main__":
     from tests.tiny import tiny_config
 
     GOLDEN.write_text(json.dumps(summary(*unet_run(tiny_config, 8)), indent=2) + "\n")
+
+
+@pytest.mark.parametrize("largest", [0.5, 100.0])
+def test_clipping_is_that_of_optax(largest):
+    shapes = {"kernel": (3, 4), "bias": (5,), "scale": (2,), "temperature": ()}
+    tree = {name: 2.0 + jax.random.normal(jax.random.key(k), shape) for k, (name, shape) in enumerate(shapes.items())}
+    ours, theirs = (
+        clip(largest).update(tree, optax.EmptyState())[0] for clip in (clip_by_global_norm, optax.clip_by_global_norm)
+    )
+    assert_trees_close(ours, theirs, rtol=1e-6)
+    np.testing.assert_allclose(global_norm(tree), optax.tree.norm(tree), rtol=1e-6)
