@@ -102,8 +102,8 @@ def tile_row(batch: int, positions: int, widths: Sequence[int], tiles: Sequence[
     inputs, gradient = norm_inputs(batch, positions, widths)
     cells = [f"{batch} x {positions} x {' + '.join(map(str, widths))}"]
     for tile, channels, elements in tiles:
-        norm_kernels.largest_tile = lambda _, tile=tile: tile
-        norm_kernels.NARROWEST, norm_kernels.PER_THREAD = channels, elements
+        cut = norm_kernels.Tuning(tile, elements, channels)
+        norm_kernels.tuning = lambda positions, backward, cut=cut: cut
         cells.append(time_norm(norm.normalise, inputs, gradient))
     return cells
 

@@ -28,27 +28,22 @@ add.f32 t, t, 0f3F800000; rcp.approx.ftz.f32 $0, t; }"""  # 1 / (1 + 2^(-log2(e)
 
 
 class Tuning(NamedTuple):
-    """What kernels are cut by; found by trying, on an H100 (`benchmarks.layers --tiles`).
+    """What a kernel is cut by; found by trying, on an H100 and an H200 (`benchmarks.layers --tiles`).
 
-    tile: elements of an array that a block of threads has at a time, at most. narrowest: channels of a block at least,
-    so that it reads whole lines of memory. per_thread: elements of a tile that a thread has. neighbours: channels that
-    it reads at once: what is one number a channel takes as many registers, of which there are few. ahead: whether the
-    next tile is read while one is worked on. keep: whether all tiles are read once and kept in registers.
+    tile: elements of an array that a block of threads has at a time, at most. per_thread: those of a thread. narrowest:
+    channels of a block at least, so that it reads whole lines of memory. neighbours: channels that a thread reads at
+    once: what is one number a channel takes as many of its registers.
     """
 
     tile: int
+    per_thread: int
     narrowest: int = 64
-    per_thread: int = 16
     neighbours: int = 4
-    ahead: bool = False
-    keep: bool = False
 
 
 def tuning(positions: int, backward: bool) -> Tuning:
-    """That of a kernel."""
-    if positions < 1024:
-        return Tuning(4096 if backward else 8192)
-    return Tuning(8192, ahead=True) if backward else Tuning(8192, per_thread=8)
+    """That of a kernel for maps of so many positions."""
+    return Tuning(8192 if positions >= 1024 else 4096, 16 if backward else 8)
 
 
 class Blocks(NamedTuple):
@@ -140,48 +135,35 @@ class Tiles:
     def sums(
         self, read: Callable[[Any], Any], quantities: Callable[[Any, Any], Sequence[Array]], count: int
     ) -> tuple[list[Float[Array, " columns"]], Callable[[Any], Any]]:
-        """Sums over all positions of the `count` `quantities(step, read(step))`, and what to read with from now on."""
+        """Sums over all positions of the `count` `quantities(step, read(step))`, and what to read with from now on.
+
+        Where there is but one tile it is kept, and not read again.
+        """
+        if self.steps == 1:
+            tile = read(0)
+            return [value.sum(axis=0) for value in quantities(0, tile)], lambda _: tile
 
         def add(step: Any, tile: Any, totals: Sequence[Array]) -> list[Array]:
             return [total + value for total, value in zip(totals, quantities(step, tile), strict=True)]
 
         zeros = [jnp.zeros((self.blocks.rows, self.blocks.columns), jnp.float32)] * count
-        totals, kept = self._each(read, add, zeros)
-        sums = [total.sum(axis=0) for total in totals]
-        if kept is None:
-            return sums, read
-        zero = jnp.where(sums[0] * 0 == 0, 0, 1).astype(jnp.int16)  # unless that is not finite
-        return sums, lambda step: jax.tree.map(functools.partial(self._again, zero), kept[step])
-
-    def _again(self, zero: Int[Array, " columns"], tile: Float[Array, "rows columns"]) -> Float[Array, "rows columns"]:
-        """`tile`, in a way that has the compiler convert it again: it would keep the numbers of twice the size."""
-        if self.norm.interpret or tile.dtype.itemsize != 2:
-            return tile
-        zeros, shape = jnp.broadcast_to(zero, tile.shape), [jax.ShapeDtypeStruct(tile.shape, tile.dtype)]
-        args, asm = [tile, zeros], "xor.b32 $0, $1, $2;"
-        return triton.elementwise_inline_asm(asm, args=args, constraints="=r,r,r", pack=2, result_shape_dtypes=shape)[0]
+        return [total.sum(axis=0) for total in self._loop(read, add, zeros)], read
 
     def each(self, read: Callable[[Any], Any], write: Callable[[Any, Any], None]) -> None:
         """Call `write(step, read(step))` for all steps."""
-        self._each(read, lambda step, tile, _: write(step, tile), None)
+        if self.steps == 1:
+            write(0, read(0))
+        else:
+            self._loop(read, lambda step, tile, _: write(step, tile), None)
 
-    def _each(
-        self, read: Callable[[Any], Any], body: Callable[[Any, Any, Any], Any], carry: Any
-    ) -> tuple[Any, list[Any] | None]:
-        """`carry = body(step, read(step), carry)` for all steps; and all that was read, if it was kept."""
-        if self.steps == 1 or self.blocks.tuning.keep:
-            kept = [read(step) for step in range(self.steps)]
-            for step, tile in enumerate(kept):
-                carry = body(step, tile, carry)
-            return carry, kept
-        if not self.blocks.tuning.ahead:
-            return jax.lax.fori_loop(0, self.steps, lambda step, carry: body(step, read(step), carry), carry), None
+    def _loop(self, read: Callable[[Any], Any], body: Callable[[Any, Any, Any], Any], carry: Any) -> Any:
+        """`carry = body(step, read(step), carry)` for all steps; the next tile is read while one is worked on."""
 
         def turn(step: Any, state: Any) -> Any:
             following = read(jnp.minimum(step + 1, self.steps - 1))
-            return following, body(step, state[0], state[1])
+            return following, body(step, *state)
 
-        return jax.lax.fori_loop(0, self.steps, turn, (read(0), carry))[1], None
+        return jax.lax.fori_loop(0, self.steps, turn, (read(0), carry))[1]
 
     def group_mean(self, value: Float[Array, " columns"]) -> Float[Array, " columns"]:
         """Each channel's mean of its group, of sums over the positions."""

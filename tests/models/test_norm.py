@@ -84,10 +84,9 @@ def test_kernels_are_what_triton_takes(positions, widths):
     assert text.count("group_norm_forward") and text.count("group_norm_backward")
 
 
-@pytest.mark.parametrize("cut", [{"ahead": True}, {"keep": True}, {"neighbours": 2}, {"ahead": True, "tile": 4096}])
+@pytest.mark.parametrize("cut", [(512, 16, 16), (256, 8, 16, 2), (4096, 8, 16)])
 def test_kernels_cut_otherwise_are_the_same(cut, monkeypatch):
-    tuned = norm_kernels.Tuning(**{"tile": 512, "narrowest": 16, **cut})
-    monkeypatch.setattr(norm_kernels, "tuning", lambda positions, backward: tuned)
+    monkeypatch.setattr(norm_kernels, "tuning", lambda positions, backward: norm_kernels.Tuning(*cut))
     settings = Norm(8, 1e-5, True, jnp.dtype("float32"), interpret=True)
     parts, offset, p, q = inputs(2, 100, (32,), True)
     arguments = parts, offset[:1], p, q[:1]  # of all images
