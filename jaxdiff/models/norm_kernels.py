@@ -191,8 +191,15 @@ class Tiles:
 
 def forward(norm: Norm, parts: Sequence[Array], offset: Array | None, p: Array, q: Array) -> tuple[Array, Array, Array]:
     """y [B, N, C], and the mean and 1 / standard deviation of each channel's group [B, C]; see `norm.normalise`."""
+    blocks = cut(parts[0].shape[1], sum(part.shape[-1] for part in parts), norm.groups, backward=False)
+    return _forward(norm, blocks, tuple(parts), offset, p, q)
+
+
+# Jitted, here and below, so that norms of the same shapes are traced and lowered once for all of them.
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _forward(norm: Norm, blocks: Blocks, parts: tuple[Array, ...], offset: Array | None, p: Array, q: Array) -> Any:
     widths, (batch, positions, _) = [part.shape[-1] for part in parts], parts[0].shape
-    count, blocks = len(parts), cut(positions, sum(widths), norm.groups, backward=False)
+    count = len(parts)
 
     def group_norm_forward(*refs: Any) -> None:
         inputs, (p_ref, q_ref), (y_ref, mean_ref, inv_ref) = refs[:-5], refs[-5:-3], refs[-3:]
@@ -244,8 +251,26 @@ def backward(
 
     `kept` (none or as many as parts) are the gradients of other uses of the parts, and are added.
     """
+    _, positions, channels = dy.shape
+    blocks = cut(positions, channels, norm.groups, backward=True)
+    return _backward(norm, blocks, dy, tuple(kept), tuple(parts), offset, p, q, mean, inv)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _backward(
+    norm: Norm,
+    blocks: Blocks,
+    dy: Array,
+    kept: tuple[Array, ...],
+    parts: tuple[Array, ...],
+    offset: Array | None,
+    p: Array,
+    q: Array,
+    mean: Array,
+    inv: Array,
+) -> Any:
     widths, (batch, positions, channels) = [part.shape[-1] for part in parts], dy.shape
-    count, blocks = len(parts), cut(positions, channels, norm.groups, backward=True)
+    count = len(parts)
 
     def group_norm_backward(*refs: Any) -> None:
         refs_in, refs_out = refs[: len(inputs)], refs[len(inputs) :]
