@@ -6,6 +6,7 @@ import jax
 import jax.flatten_util
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from benchmarks.harness import Side, Work, first_device
@@ -19,7 +20,7 @@ from jaxdiff.training.experiments import build_recipe
 from jaxdiff.training.flops import count_flops, jaxpr_flops
 from jaxdiff.training.objectives import diffusion_objective
 from jaxdiff.training.optimizer import recipe_optimizer, total_steps
-from jaxdiff.training.step import init_state, make_train_step
+from jaxdiff.training.step import TrainStep, make_init, make_train_step
 
 BATCHES = 4  # different ones, that lie on the device
 
@@ -50,9 +51,9 @@ def draw_batch(work: Work, size: int, seed: int) -> dict[str, np.ndarray]:
     return {"mean": mean, "logvar": np.full(shape, -6, np.float32), "label": label}
 
 
-def new_generator(work: Work, config: ConfigDict) -> Generator:
-    """The generator of a work's network, whose parameters are as many as published."""
-    generator = Generator(config, work.shape, work.classes, first_device())
+def new_generator(work: Work, config: ConfigDict, mesh: Mesh | None = None) -> Generator:
+    """The generator of a work's network, whose parameters are as many as published; by default on one device."""
+    generator = Generator(config, work.shape, work.classes, mesh or first_device())
     count = count_params(generator.abstract_params())
     if work.count and count != work.count:
         raise ValueError(f"the network has {count:,} parameters, not {work.count:,}")
@@ -74,12 +75,8 @@ def try_flops(name: str, count: Any) -> int | None:
         return None
 
 
-def training(work: Work, config: ConfigDict, *, keep_params: bool = True) -> Training:
-    """The step of `config`: objective, AdamW on clipped gradients, moving average; compiled as the training loop does.
-
-    As there, the metrics of a step are waited for when the next one is under way.
-    """
-    generator = new_generator(work, config)
+def step_and_init(work: Work, config: ConfigDict, generator: Generator) -> tuple[TrainStep, jax.stages.Wrapped]:
+    """The step of `config`, and key -> its first state."""
     objective = diffusion_objective(
         generator.network,
         generator.process,
@@ -90,7 +87,17 @@ def training(work: Work, config: ConfigDict, *, keep_params: bool = True) -> Tra
     optimizer, schedule = recipe_optimizer(config, total_steps(config, 0))
     mesh, options = generator.mesh, {"seed": config.seed, "ema_decay": config.ema_decay}
     step = make_train_step(objective, optimizer, schedule, mesh, accumulate=config.accumulate, **options)
-    state = init_state(initialiser(generator), optimizer, config.seed, mesh)
+    return step, make_init(initialiser(generator), optimizer, mesh)
+
+
+def training(work: Work, config: ConfigDict, *, keep_params: bool = True) -> Training:
+    """The step of `config`: objective, AdamW on clipped gradients, moving average; compiled as the training loop does.
+
+    As there, the metrics of a step are waited for when the next one is under way.
+    """
+    generator = new_generator(work, config)
+    mesh, (step, create) = generator.mesh, step_and_init(work, config, generator)
+    state = create(named_key(config.seed, "init"))
     params = meshes.to_host(state.params) if keep_params else None
     batches = [meshes.put_batch(draw_batch(work, config.batch_size, k), mesh) for k in range(BATCHES)]
     traced = step.trace(state, batches[0], ())

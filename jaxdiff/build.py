@@ -3,12 +3,11 @@
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from jaxdiff.diffusion import Churn, Edm, Flow, Plan, Process, make_plan, make_schedule
-from jaxdiff.models import AutoencoderKL, DiT, Network, UNet
+from jaxdiff.models import AutoencoderKL, DiT, Network, UNet, forms
 from jaxdiff.models.dit import DITS
 
 # The fields `autoencoder` that make the network; the others are of its loss.
@@ -23,7 +22,7 @@ COMMON = (
 def compute_dtype(config: ConfigDict) -> Any:
     """`config.dtype`, where auto is bfloat16 on a GPU and float32 elsewhere."""
     if config.dtype == "auto":
-        return jnp.bfloat16 if jax.default_backend() == "gpu" else jnp.float32
+        return jnp.bfloat16 if forms.for_gpu() else jnp.float32
     return jnp.dtype(config.dtype)
 
 

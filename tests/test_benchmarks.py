@@ -1,12 +1,16 @@
 """What the benchmarks of speed and memory make of their measurements, and the works they are about."""
 
 import gzip
+import importlib.util
 import json
+import subprocess
+import sys
 
 import pytest
 
 from benchmarks import harness, kernels, memory, ours, whole_system
 from benchmarks.harness import WORKS, Side
+from jaxdiff.training.environment import ROOT
 
 
 @pytest.mark.parametrize("name", [name for name, work in WORKS.items() if work.count])
@@ -95,3 +99,34 @@ def test_whole_system_by_the_clock(tmp_path):
     seen = [(0.0, records[0]), (0.1, records[1]), (0.4, records[2])]  # the last lap had a pause of 0.2 s
     result = whole_system.summarise(seen, alone=125.0)
     assert result == pytest.approx({"alone": 125.0, "steady": 100.0, "clock": 50.0, "pauses": 0.5})
+
+
+def test_kernels_of_a_compiled_program():
+    text = """
+%fused (p: f32[]) -> f32[] {
+  ROOT %add = f32[] fusion(%p), kind=kLoop
+}
+
+ENTRY %main (p: f32[]) -> f32[] {
+  %p = f32[] parameter(0)
+  %norm.1 = (bf16[2]{0}, f32[2]{0}) custom-call(%p), custom_call_target="__gpu$xla.gpu.triton"
+  %conv.1 = bf16[2]{0} custom-call(%p, %p), custom_call_target="__cudnn$convForward"
+  %gemm_fusion_dot.3 = bf16[2]{0} fusion(%p), kind=kCustom
+  %copy.2 = f32[] copy(%p)
+  ROOT %loop_add_fusion = f32[] fusion(%copy.2), kind=kLoop
+}
+"""
+    counted = run_planned(f"from benchmarks.planned import count_kernels as c; print(c({text!r}))")
+    assert counted.stdout.strip() == "{'ours': 1, 'convolutions': 1, 'products': 1, 'others': 2}"
+
+
+def test_what_is_planned_for_a_gpu_wants_its_plugin():
+    if importlib.util.find_spec("jax_plugins"):
+        pytest.skip("it is installed")
+    refused = run_planned("from benchmarks.planned import main; main(['--work=tiny'])")
+    assert refused.returncode == 2 and 'pip install "jax[cuda12]"' in refused.stderr
+
+
+def run_planned(code):
+    """In a process of its own: it sets what JAX runs on."""
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)

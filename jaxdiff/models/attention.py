@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jaxdiff.models import forms
 from jaxdiff.models.layers import DEFAULT_KERNEL, ZEROS, Dtype, add_bias
 from jaxdiff.models.norm import GroupNorm
 
@@ -19,7 +20,7 @@ def attention_kernel(dtype: Dtype, head_dim: int, q_len: int, kv_len: int) -> Li
     """
     half = jnp.dtype(dtype) in (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16))
     fits = head_dim % 8 == 0 and head_dim <= 128 and min(q_len, kv_len) >= 64
-    return "cudnn" if jax.default_backend() == "gpu" and half and fits else "xla"
+    return "cudnn" if forms.for_gpu() and half and fits else "xla"
 
 
 def attend(

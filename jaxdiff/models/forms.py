@@ -2,9 +2,12 @@
 
 import os
 
+import jax
+
 from jaxdiff.errors import ConfigError
 
 VARIABLE = "JAXDIFF_FORMS"
+CAPABILITY: float | None = None  # of the GPU that programs are for where JAX has none: benchmarks.planned
 
 
 def plain() -> bool:
@@ -16,3 +19,16 @@ def plain() -> bool:
     if value not in ("", "plain"):
         raise ConfigError(f"{VARIABLE} = {value}: must be plain or not set")
     return value == "plain"
+
+
+def for_gpu() -> bool:
+    """Whether programs are for GPUs."""
+    return CAPABILITY is not None or jax.default_backend() == "gpu"
+
+
+def capability() -> float:
+    """The compute capability of the NVIDIA GPUs that programs are for; 0 where they are not for such."""
+    if CAPABILITY is not None:
+        return CAPABILITY
+    text = getattr(jax.local_devices()[0], "compute_capability", "") if for_gpu() else ""
+    return float(text) if text.replace(".", "").isdigit() else 0.0

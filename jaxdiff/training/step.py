@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from jaxdiff.keys import named_key
 from jaxdiff.mesh import batch_sharding, replicated
+from jaxdiff.models import forms
 from jaxdiff.training.averages import Update, new_averages, update_all
 from jaxdiff.training.optimizer import ema_update, global_norm
 
@@ -86,8 +87,8 @@ def init_state(
 def formats(state: Any, mesh: Mesh, gpu: bool | None = None) -> Any:
     """How a state, or its shapes, lies on all devices: a tree of shardings, or of these with a layout.
 
-    On GPUs (by default: where JAX runs on them) the kernels of convolutions lie as cuDNN takes them and returns their
-    gradients, features first, which saves the transpositions of every step.
+    On GPUs (by default: where programs are for such) the kernels of convolutions lie as cuDNN takes them and returns
+    their gradients, features first, which saves the transpositions of every step.
     """
     everywhere = replicated(mesh)
 
@@ -95,7 +96,7 @@ def formats(state: Any, mesh: Mesh, gpu: bool | None = None) -> Any:
         kernel = len(x.shape) == 4 and x.shape[0] > 1
         return Format(Layout((3, 0, 1, 2)), everywhere) if kernel else everywhere
 
-    gpu = jax.default_backend() == "gpu" if gpu is None else gpu
+    gpu = forms.for_gpu() if gpu is None else gpu
     return jax.tree.map(format_of, state) if gpu else jax.tree.map(lambda _: everywhere, state)
 
 
