@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from jax.experimental.layout import Format, Layout
 from orbax.checkpoint import checkpoint_managers as policies
 
 from jaxdiff.errors import ConfigError
@@ -67,12 +68,19 @@ class Checkpoints:
         if step in self._manager.all_steps():
             return
 
-        def one_copy(x: jax.Array) -> jax.Array:
+        def one_copy(x: Any) -> Any:
             # Orbax has every device write a slice of what all of them hold: on one host, thousands of tiny copies.
             return x.addressable_data(0) if x.is_fully_replicated and jax.process_count() == 1 else x
 
+        def in_order(x: Any) -> Any:
+            # Orbax moves memory to the host, and need not know of the layouts that kernels have on a GPU.
+            order = tuple(range(x.ndim))
+            return (
+                x if x.format.layout.major_to_minor == order else jax.device_put(x, Format(Layout(order), x.sharding))
+            )
+
         def tree(part: Any) -> ocp.args.StandardSave:
-            return ocp.args.StandardSave(jax.tree.map(one_copy, part))
+            return ocp.args.StandardSave(jax.tree.map(lambda x: in_order(one_copy(x)), part))
 
         items = ocp.args.Composite(
             **{name: tree(part) for name, part in state_items(state).items()}, meta=ocp.args.JsonSave(meta)

@@ -7,6 +7,7 @@ import signal
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 from jaxdiff.errors import ConfigError, Stopped
@@ -36,8 +37,6 @@ def leaves(workdir):
     checkpoints = Checkpoints(workdir)
     step = checkpoints.pick(None)
     folder = workdir / "checkpoints" / str(step)
-    import orbax.checkpoint as ocp
-
     items = [item for item in STATE_ITEMS if (folder / item).exists()]
     trees = {item: ocp.StandardCheckpointer().restore(folder / item) for item in items}
     flat = {jax.tree_util.keystr(path): np.asarray(x) for path, x in jax.tree_util.tree_leaves_with_path(trees)}
@@ -147,8 +146,15 @@ def test_kernels_that_lie_as_on_a_gpu(tiny, tmp_path, whole, monkeypatch):
         seen.append(formats(state, mesh, gpu=True))
         return seen[-1]
 
+    def save(self, number, *, args, **options):
+        arrays = jax.tree.leaves([args[name].item for name in set(args.keys()) & set(STATE_ITEMS)])
+        assert all(x.format.layout.major_to_minor == tuple(range(x.ndim)) for x in arrays)
+        return manager_save(self, number, args=args, **options)
+
     for module in (step, loop):
         monkeypatch.setattr(module, "formats", features_first)
+    manager_save = ocp.CheckpointManager.save
+    monkeypatch.setattr(ocp.CheckpointManager, "save", save)
     run_train(config_of(tiny), workdir)
     layouts = [str(f) for f in jax.tree.leaves(seen[-1].params)]
     assert 5 < sum("3, 0, 1, 2" in text for text in layouts) < len(layouts)
