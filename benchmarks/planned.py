@@ -5,8 +5,8 @@
     python -m benchmarks.planned --work=adm128,dit_xl2 --batches=16,32    # and the largest batch that fits
 
 Compiled for an H100 80GB, ours alone. Nothing runs: convolutions and products are those that XLA takes untried, so that
-their workspace may be another than on the card. Kernels are counted by their kinds as in the compiled program. Works
-and their parameters: benchmarks.train_step.
+their workspace may be another than on the card. Kernels are counted by their kinds, those of a loop (a DiT's blocks are
+one) not. Works and their parameters: benchmarks.train_step.
 """
 
 import argparse
