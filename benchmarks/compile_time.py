@@ -69,7 +69,7 @@ def start_jax(work: str, beside: bool) -> dict[str, float]:
         from jaxdiff.training.objectives import diffusion_objective
         from jaxdiff.training.optimizer import recipe_optimizer
         from jaxdiff.training.stages import run_train  # noqa: F401  # what it imports, training imports
-        from jaxdiff.training.step import formats, make_init, make_train_step
+        from jaxdiff.training.step import abstract_state, make_init, make_train_step
     with clock("devices"):
         mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:1])
         config = ddpm.get_config("folder")
@@ -83,9 +83,7 @@ def start_jax(work: str, beside: bool) -> dict[str, float]:
         create = make_init(lambda key: network.init(key, *example, example[1]), optimizer, mesh)
         key = named_key(0, "init")
     with clock("init, traced"):
-        shapes = jax.eval_shape(create, key)
-        lies = formats(shapes, mesh)
-        state = jax.tree.map(lambda s, f: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=f), shapes, lies)
+        state = abstract_state(create, mesh)
     image = np.random.default_rng(0).integers(0, 256, (batch_size, size, size, 3), np.uint8)
     batch = meshes.put_batch({"image": image, "label": np.zeros(batch_size, np.int32)}, mesh)
     compiling = None

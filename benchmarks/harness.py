@@ -92,17 +92,19 @@ def first_device() -> Mesh:
     return jax.make_mesh((1,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:1])
 
 
-def new_parser(description: str | None) -> argparse.ArgumentParser:
-    """The options that all have."""
+def new_parser(description: str | None, *, sides: bool = True) -> argparse.ArgumentParser:
+    """The options that all have; without `sides` those of one that runs nothing, of ours alone."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", default="a32,p128", help=f"of {', '.join(WORKS)}; commas between")
-    parser.add_argument("--sides", default=",".join(SIDES), help="commas between; diffusers where it is installed")
     parser.add_argument("--batch", type=int, default=0, help="images; default that of the work")
+    parser.add_argument("--out", type=pathlib.Path, help="JSON file for all figures")
+    if not sides:
+        return parser
+    parser.add_argument("--sides", default=",".join(SIDES), help="commas between; diffusers where it is installed")
     parser.add_argument(
         "--dtype", default="auto", help="of the computation: auto (bfloat16 on a GPU), bfloat16, float32"
     )
     parser.add_argument("--compile-mode", default="default", help="of torch.compile")
-    parser.add_argument("--out", type=pathlib.Path, help="JSON file for all figures")
     return parser
 
 

@@ -29,10 +29,9 @@ from benchmarks import harness, ours
 from benchmarks.harness import Work
 from benchmarks.memory import GIB, MARGIN, Step, extrapolate
 from jaxdiff import mesh as meshes
-from jaxdiff.keys import named_key
 from jaxdiff.models import forms
 from jaxdiff.models.unet import REMAT
-from jaxdiff.training.step import formats
+from jaxdiff.training.step import abstract_state
 
 CAPABILITY, MEMORY = 9.0, 84_929_347_584
 H100 = f"""
@@ -68,15 +67,10 @@ def new_mesh() -> Mesh:
 def compile_step(work: Work, config: Any, mesh: Mesh) -> jax.stages.Compiled:
     """The training step of `config`."""
     step, create = ours.step_and_init(work, config, ours.new_generator(work, config, mesh))
-    state = jax.eval_shape(create, named_key(0, "init"))
-    whole, lies = meshes.batch_sharding(mesh), formats(state, mesh)
-    batch = ours.draw_batch(work, config.batch_size, 0)
-
-    def shape(x: Any, place: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
-
+    split, arrays = meshes.batch_sharding(mesh), ours.draw_batch(work, config.batch_size, 0)
+    batch = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=split) for name, x in arrays.items()}
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # which knows the card: kernels are lowered for it
-        traced = step.trace(jax.tree.map(shape, state, lies), {k: shape(x, whole) for k, x in batch.items()}, ())
+        traced = step.trace(abstract_state(create, mesh), batch, ())
         return traced.lower(lowering_platforms=("cuda",)).compile()
 
 
@@ -116,7 +110,7 @@ def measure(args: argparse.Namespace, mesh: Mesh, name: str, work: Work) -> dict
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Compile and print."""
-    parser = harness.new_parser(__doc__)
+    parser = harness.new_parser(__doc__, sides=False)
     parser.add_argument("--remat", default="none", help=f"of {', '.join(REMAT)}; commas between")
     parser.add_argument("--batches", default="", help="commas between; default --batch")
     args = parser.parse_args(argv)

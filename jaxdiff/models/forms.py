@@ -1,4 +1,5 @@
-"""Which form of the same function networks compute: the fast ones, or the plain ones that those are compared with."""
+"""Which form of the same function networks compute, the fast one or the plain one that it is compared with, and for
+which hardware."""
 
 import os
 

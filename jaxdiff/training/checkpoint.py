@@ -75,9 +75,9 @@ class Checkpoints:
         def in_order(x: Any) -> Any:
             # Orbax moves memory to the host, and need not know of the layouts that kernels have on a GPU.
             order = tuple(range(x.ndim))
-            return (
-                x if x.format.layout.major_to_minor == order else jax.device_put(x, Format(Layout(order), x.sharding))
-            )
+            if x.format.layout.major_to_minor == order:
+                return x
+            return jax.device_put(x, Format(Layout(order), x.sharding))
 
         def tree(part: Any) -> ocp.args.StandardSave:
             return ocp.args.StandardSave(jax.tree.map(lambda x: in_order(one_copy(x)), part))

@@ -26,7 +26,7 @@ from jaxdiff.training.flops import least_step_time
 from jaxdiff.training.logging import RunLogger, StepTimer
 from jaxdiff.training.optimizer import recipe_optimizer, total_steps
 from jaxdiff.training.snapshots import Snapshots, state_weights
-from jaxdiff.training.step import TrainState, formats, make_eval_step, make_init, make_train_step
+from jaxdiff.training.step import TrainState, abstract_state, formats, make_eval_step, make_init, make_train_step
 
 
 class StopSignal:
@@ -92,9 +92,7 @@ def fit(
 
     checkpoints, snapshots = Checkpoints(workdir, config.keep), Snapshots(workdir)
     create, key = make_init(experiment.init, optimizer, mesh, *inner), named_key(config.seed, "init")
-    shapes = jax.eval_shape(create, key)
-    lies = formats(shapes, mesh)
-    abstract = jax.tree.map(lambda s, f: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=f), shapes, lies)
+    abstract = abstract_state(create, mesh)
     start, compiling = 0, None
     if (checkpoints.latest or 0) < total:
         compiling = Compiling(train_step, abstract, abstract_batch(experiment.train, config, mesh), frozen)
@@ -102,7 +100,7 @@ def fit(
         state = create(key)
     else:
         state, meta = checkpoints.restore(abstract)
-        state = jax.device_put(state, lies)
+        state = jax.device_put(state, formats(state, mesh))
         start = meta["data"]["batches"]
         check_data(experiment, meta)
         say(f"{experiment.stage}: going on from step {start:,} of {total:,}")

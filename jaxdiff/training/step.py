@@ -100,6 +100,14 @@ def formats(state: Any, mesh: Mesh, gpu: bool | None = None) -> Any:
     return jax.tree.map(format_of, state) if gpu else jax.tree.map(lambda _: everywhere, state)
 
 
+def abstract_state(create: jax.stages.Wrapped, mesh: Mesh) -> TrainState:
+    """The shapes and `formats` of the state that `make_init`'s `create` returns."""
+    shapes = jax.eval_shape(create, named_key(0, "init"))
+    return jax.tree.map(
+        lambda s, place: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place), shapes, formats(shapes, mesh)
+    )
+
+
 def make_init(
     init: Callable[[PRNGKeyArray], Params],
     optimizer: optax.GradientTransformation,

@@ -178,12 +178,6 @@ def summary(start, metrics, params, ema):
     return {f"{name} {k}": m[name] for k, m in enumerate(metrics) for name in ("loss", "grad_norm")} | norms
 
 
-if __name__ == "__main__":
-    from tests.tiny import tiny_config
-
-    GOLDEN.write_text(json.dumps(summary(*unet_run(tiny_config, 8)), indent=2) + "\n")
-
-
 @pytest.mark.parametrize("largest", [0.5, 100.0])
 def test_clipping_is_that_of_optax(largest):
     shapes = {"kernel": (3, 4), "bias": (5,), "scale": (2,), "temperature": ()}
@@ -193,3 +187,9 @@ def test_clipping_is_that_of_optax(largest):
     )
     assert_trees_close(ours, theirs, rtol=1e-6)
     np.testing.assert_allclose(global_norm(tree), optax.tree.norm(tree), rtol=1e-6)
+
+
+if __name__ == "__main__":
+    from tests.tiny import tiny_config
+
+    GOLDEN.write_text(json.dumps(summary(*unet_run(tiny_config, 8)), indent=2) + "\n")
