@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+from jaxdiff.diffusion.hoist import hoist
 from jaxdiff.diffusion.plan import Plan, Row, plan_row
 from jaxdiff.diffusion.process import learned_fraction
 
@@ -83,6 +84,12 @@ def _step(
     return denoise_step(row, state, output, z, clip=clip, recompute_eps=recompute_eps)
 
 
+def _prepared(model: Model, plan: Plan, x: Images) -> Model:
+    """`model`, with what does not depend on x and t computed before the loop."""
+    row = plan_row(plan, jnp.zeros((), jnp.int32))
+    return hoist(model, row.input_scale * x, jnp.full(x.shape[:1], row.time))
+
+
 def sample(
     model: Model, plan: Plan, x_init: Images, keys: PRNGKeyArray, *, clip: bool, recompute_eps: bool = True
 ) -> Images:
@@ -91,6 +98,7 @@ def sample(
     Args: model(x, t) -> what the plan's `prediction` says, for x scaled as it says; keys, one a sample (`sample_keys`);
       clip, recompute_eps as in `denoise_step`.
     """
+    model = _prepared(model, plan, x_init)
 
     def body(i: Array, state: State) -> State:
         return _step(model, plan, keys, clip, recompute_eps, i, state)[0]
@@ -109,6 +117,7 @@ def trajectory(
     recompute_eps: bool = True,
 ) -> tuple[Float[Array, "n batch *shape"], Float[Array, "n batch *shape"]]:
     """All x and all predictions of x_0 over the first `num_steps` evaluations, by `lax.scan`; otherwise as `sample`."""
+    model = _prepared(model, plan, x_init)
 
     def body(state: State, i: Array) -> tuple[State, tuple[Images, Images]]:
         state, x0 = _step(model, plan, keys, clip, recompute_eps, i, state)

@@ -70,11 +70,41 @@ def cut(positions: int, channels: int, groups: int, backward: bool) -> Blocks:
     return Blocks(group, used, columns, rows, max(1, rows * columns // (32 * tuned.per_thread)), tuned)
 
 
+class Part(NamedTuple):
+    """The channels [low, low + width) of a concatenation are part `number` of it."""
+
+    number: int
+    low: int
+    width: int
+
+
+def each_place(blocks: Blocks, widths: Sequence[int], body: Callable[[list[Part]], None]) -> None:
+    """Call `body` with the parts whose channels a block of threads has: a program for each such set of parts.
+
+    So a block of one part reads without masks, and nothing in vain.
+    """
+    lows = [0, *itertools.accumulate(widths)]
+    parts = [Part(i, *pair) for i, pair in enumerate(zip(lows, widths, strict=False))]
+
+    def touched(block: int) -> tuple[Part, ...]:
+        low, high = block * blocks.used, (block + 1) * blocks.used
+        return tuple(part for part in parts if part.low < high and low < part.low + part.width)
+
+    places = [(own, len(list(run))) for own, run in itertools.groupby(map(touched, range(lows[-1] // blocks.used)))]
+    if len(places) == 1:
+        return body(list(places[0][0]))
+    first = 0
+    for own, count in places:
+        here = (pl.program_id(0) >= first) & (pl.program_id(0) < first + count)
+        pl.when(here)(functools.partial(body, list(own)))
+        first += count
+
+
 class Tiles:
     """The tiles of a block of threads: where they are, and arithmetic that both kernels share."""
 
-    def __init__(self, norm: Norm, blocks: Blocks, widths: Sequence[int], positions: int):
-        self.norm, self.blocks, self.widths, self.positions = norm, blocks, widths, positions
+    def __init__(self, norm: Norm, blocks: Blocks, parts: Sequence[Part], positions: int):
+        self.norm, self.blocks, self.parts, self.positions = norm, blocks, parts, positions
         column, neighbours = jnp.arange(blocks.columns), min(blocks.tuning.neighbours, blocks.columns)
         # Triton has a thread read as many at once as it knows to be neighbours.
         self.column = jax.lax.div(column, neighbours) * neighbours + jax.lax.rem(column, neighbours)
@@ -101,24 +131,23 @@ class Tiles:
 
     def _pieces(self, refs: Sequence[Any], step: Any) -> list[tuple[Any, Array | None]]:
         """(reference to a tile's elements, mask) of each part; without a mask where all are its elements."""
-        pieces, low = [], 0
+        pieces = []
         rows = self._rows(step)[:, None]
-        for ref, width in zip(refs, self.widths, strict=True):
+        for part in self.parts:
             masks = [] if self.used is None else [self.used[None, :]]
-            if len(refs) > 1:
-                masks.append(((self.channel >= low) & (self.channel < low + width))[None, :])
+            if len(self.parts) > 1:
+                masks.append(((self.channel >= part.low) & (self.channel < part.low + part.width))[None, :])
             if self.ragged:
                 masks.append(rows < self.positions)
-            at, mask = (self.channel - low)[None, :], None
+            at, mask = (self.channel - part.low)[None, :], None
             if masks:
                 mask = jnp.broadcast_to(functools.reduce(jnp.logical_and, masks), (len(rows), self.blocks.columns))
                 at = self._places(jnp.broadcast_to(at, mask.shape), mask)
-            pieces.append((ref.at[rows, at], mask))
-            low += width
+            pieces.append((refs[part.number].at[rows, at], mask))
         return pieces
 
     def load(self, refs: Sequence[Any], step: Any) -> list[Array]:
-        """The tile of `step` of the concatenation of `refs` [N, C_i], to be `joined`; zero where there is none."""
+        """The tile of `step` of the concatenation of all parts `refs` [N, C_i], to be `joined`; zero outside of it."""
         return [
             triton.load(ref, mask=mask, other=None if mask is None else 0.0) for ref, mask in self._pieces(refs, step)
         ]
@@ -129,8 +158,8 @@ class Tiles:
 
     def store(self, refs: Sequence[Any], step: Any, value: Float[Array, "rows columns"]) -> None:
         """Write that, in the dtypes of `refs`."""
-        for (ref, mask), whole in zip(self._pieces(refs, step), refs, strict=True):
-            triton.store(ref, value.astype(whole.dtype), mask=mask)
+        for (ref, mask), part in zip(self._pieces(refs, step), self.parts, strict=True):
+            triton.store(ref, value.astype(refs[part.number].dtype), mask=mask)
 
     def sums(
         self, read: Callable[[Any], Any], quantities: Callable[[Any, Any], Sequence[Array]], count: int
@@ -202,8 +231,11 @@ def _forward(norm: Norm, blocks: Blocks, parts: tuple[Array, ...], offset: Array
     count = len(parts)
 
     def group_norm_forward(*refs: Any) -> None:
+        each_place(blocks, widths, functools.partial(body, refs))
+
+    def body(refs: Any, own: list[Part]) -> None:
         inputs, (p_ref, q_ref), (y_ref, mean_ref, inv_ref) = refs[:-5], refs[-5:-3], refs[-3:]
-        tiles = Tiles(norm, blocks, widths, positions)
+        tiles = Tiles(norm, blocks, own, positions)
         shift = tiles.vector(inputs[count]) if offset is not None else jnp.zeros(tiles.blocks.columns)
 
         def read(step: Any) -> list[Array]:
@@ -222,7 +254,7 @@ def _forward(norm: Norm, blocks: Blocks, parts: tuple[Array, ...], offset: Array
         tiles.store_vector(inv_ref, inv)
         slope = inv * tiles.vector(p_ref)
         constant = tiles.vector(q_ref) + (shift - mean) * slope
-        whole = Tiles(norm, blocks, [sum(widths)], positions)
+        whole = Tiles(norm, blocks, [Part(0, 0, sum(widths))], positions)
 
         def write(step: Any, tile: list[Array]) -> None:
             u = tiles.joined(tile) * slope[None, :] + constant[None, :]
@@ -273,9 +305,12 @@ def _backward(
     count = len(parts)
 
     def group_norm_backward(*refs: Any) -> None:
+        each_place(blocks, widths, functools.partial(body, refs))
+
+    def body(refs: Any, own: list[Part]) -> None:
         refs_in, refs_out = refs[: len(inputs)], refs[len(inputs) :]
         dy_ref, others, x_refs = refs_in[0], refs_in[1 : 1 + len(kept)], refs_in[1 + len(kept) :][:count]
-        tiles, whole = Tiles(norm, blocks, widths, positions), Tiles(norm, blocks, [channels], positions)
+        tiles, whole = (Tiles(norm, blocks, parts, positions) for parts in (own, [Part(0, 0, channels)]))
         scale, shift, mean, inv = (tiles.vector(ref) for ref in refs_in[-4:])
         if offset is not None:
             mean = mean - tiles.vector(refs_in[-5])  # of the parts alone
