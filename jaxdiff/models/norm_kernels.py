@@ -8,7 +8,7 @@ import functools
 import itertools
 import pathlib
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -47,14 +47,14 @@ def tuning(positions: int, backward: bool) -> Tuning:
 
 
 class Blocks(NamedTuple):
-    """How a norm's channels and positions are cut. A tile is [rows, columns], of which `used` columns are channels.
+    """How a norm's channels and positions are cut.
 
-    `warps`, of 32 threads, work on it.
+    used: channels, of whole groups, of a block of threads; rows: positions of a tile of these; warps: of 32 threads,
+    that work on one.
     """
 
     group: int
     used: int
-    columns: int
     rows: int
     warps: int
     tuning: Tuning
@@ -65,118 +65,119 @@ def cut(positions: int, channels: int, groups: int, backward: bool) -> Blocks:
     group, tuned = channels // groups, tuning(positions, backward)
     counts = [n for n in range(1, groups + 1) if groups % n == 0]
     used = group * next((n for n in counts if n * group >= tuned.narrowest), groups)
-    columns = pl.next_power_of_2(used)
-    rows = max(1, min(tuned.tile // columns, pl.next_power_of_2(positions)))
-    return Blocks(group, used, columns, rows, max(1, rows * columns // (32 * tuned.per_thread)), tuned)
+    rows = min(_power_of_2(tuned.tile // used), pl.next_power_of_2(positions))
+    warps = pl.next_power_of_2(max(1, rows * used // (32 * tuned.per_thread)))
+    return Blocks(group, used, rows, warps, tuned)
 
 
-class Part(NamedTuple):
-    """The channels [low, low + width) of a concatenation are part `number` of it."""
+def _power_of_2(number: int) -> int:
+    """The largest that is not larger, or 1."""
+    return 1 << max(0, number.bit_length() - 1)
+
+
+def over(function: Callable[..., Any], *lists: Sequence[Any]) -> list[Any]:
+    """`function` of the first elements of the lists, of the second ones, and so on."""
+    return [function(*elements) for elements in zip(*lists, strict=True)]
+
+
+class Piece(NamedTuple):
+    """Channels [start, start + size) of a block of threads, all of part `number`, which begins at channel `low` of the
+    concatenation. Triton knows sizes that are powers of 2."""
 
     number: int
     low: int
-    width: int
+    start: int
+    size: int
 
 
-def each_place(blocks: Blocks, widths: Sequence[int], body: Callable[[list[Part]], None]) -> None:
-    """Call `body` with the parts whose channels a block of threads has: a program for each such set of parts.
+def pieces_of(block: int, used: int, widths: Sequence[int]) -> Iterator[Piece]:
+    """The largest pieces that make up the channels of a block."""
+    for number, (low, width) in enumerate(zip(itertools.accumulate(widths, initial=0), widths, strict=False)):
+        start, stop = max(low - block * used, 0), min(low + width - block * used, used)
+        while start < stop:
+            size = _power_of_2(stop - start)
+            yield Piece(number, low, start, size)
+            start += size
 
-    So a block of one part reads without masks, and nothing in vain.
-    """
-    lows = [0, *itertools.accumulate(widths)]
-    parts = [Part(i, *pair) for i, pair in enumerate(zip(lows, widths, strict=False))]
 
-    def touched(block: int) -> tuple[Part, ...]:
-        low, high = block * blocks.used, (block + 1) * blocks.used
-        return tuple(part for part in parts if part.low < high and low < part.low + part.width)
-
-    places = [(own, len(list(run))) for own, run in itertools.groupby(map(touched, range(lows[-1] // blocks.used)))]
-    if len(places) == 1:
-        return body(list(places[0][0]))
-    first = 0
-    for own, count in places:
-        here = (pl.program_id(0) >= first) & (pl.program_id(0) < first + count)
-        pl.when(here)(functools.partial(body, list(own)))
-        first += count
+def each_place(blocks: Blocks, widths: Sequence[int], body: Callable[[list[Piece]], None]) -> None:
+    """Call `body` with the pieces of a block of threads; those whose pieces are the same are one program."""
+    count = sum(widths) // blocks.used
+    cuts = itertools.groupby(range(count), lambda block: list(pieces_of(block, blocks.used, widths)))
+    for pieces, run in [(pieces, list(run)) for pieces, run in cuts]:
+        if len(run) == count:
+            return body(pieces)
+        here = (pl.program_id(0) >= run[0]) & (pl.program_id(0) <= run[-1])
+        pl.when(here)(functools.partial(body, pieces))
 
 
 class Tiles:
-    """The tiles of a block of threads: where they are, and arithmetic that both kernels share."""
+    """The tiles of a block of threads: where they are, and arithmetic that both kernels share.
 
-    def __init__(self, norm: Norm, blocks: Blocks, parts: Sequence[Part], positions: int):
-        self.norm, self.blocks, self.parts, self.positions = norm, blocks, parts, positions
-        column, neighbours = jnp.arange(blocks.columns), min(blocks.tuning.neighbours, blocks.columns)
+    What is said to be of [rows, columns], or of [columns], is a list of such arrays, one for each piece of the columns.
+    """
+
+    def __init__(self, norm: Norm, blocks: Blocks, pieces: Sequence[Piece], positions: int):
+        self.norm, self.blocks, self.pieces, self.positions = norm, blocks, pieces, positions
         # Triton has a thread read as many at once as it knows to be neighbours.
-        self.column = jax.lax.div(column, neighbours) * neighbours + jax.lax.rem(column, neighbours)
-        self.channel = pl.program_id(0) * self.blocks.used + self.column
-        self.used = None if self.blocks.used == self.blocks.columns else self.column < self.blocks.used
-        self.ragged = positions % self.blocks.rows != 0
+        neighbours = [min(blocks.tuning.neighbours, piece.size) for piece in pieces]
+        column = [jnp.arange(piece.size) for piece in pieces]
+        column = [jax.lax.div(c, n) * n + jax.lax.rem(c, n) for c, n in zip(column, neighbours, strict=True)]
+        self.column = [piece.start + c for piece, c in zip(pieces, column, strict=True)]
+        self.channel = [pl.program_id(0) * blocks.used + c for c in self.column]
+        self.ragged = positions % blocks.rows != 0
 
-    def vector(self, ref: Any) -> Float[Array, " columns"]:
+    def vector(self, ref: Any) -> list[Float[Array, " columns"]]:
         """What `ref` [C] has for the block's channels."""
-        return triton.load(ref.at[self.channel], mask=self.used, other=None if self.used is None else 0.0)
+        return [triton.load(ref.at[channel]) for channel in self.channel]
 
-    def store_vector(self, ref: Any, value: Float[Array, " columns"]) -> None:
+    def store_vector(self, ref: Any, values: Sequence[Float[Array, " columns"]]) -> None:
         """Write that."""
-        triton.store(ref.at[self._places(self.channel, self.used)], value, mask=self.used)
-
-    def _places(self, index: Int[Array, "..."], inside: Array | None) -> Int[Array, "..."]:
-        # The interpreter writes all lanes, in any order: those that are masked go where nothing is.
-        if inside is None or not self.norm.interpret:
-            return index
-        return jnp.where(inside, index, jnp.iinfo(jnp.int32).max)
+        for channel, value in zip(self.channel, values, strict=True):
+            triton.store(ref.at[channel], value)
 
     def _rows(self, step: Any) -> Int[Array, " rows"]:
         return step * self.blocks.rows + jnp.arange(self.blocks.rows)
 
-    def _pieces(self, refs: Sequence[Any], step: Any) -> list[tuple[Any, Array | None]]:
-        """(reference to a tile's elements, mask) of each part; without a mask where all are its elements."""
-        pieces = []
-        rows = self._rows(step)[:, None]
-        for part in self.parts:
-            masks = [] if self.used is None else [self.used[None, :]]
-            if len(self.parts) > 1:
-                masks.append(((self.channel >= part.low) & (self.channel < part.low + part.width))[None, :])
+    def _places(self, refs: Any, step: Any) -> Iterator[tuple[Any, Array | None]]:
+        """(reference to a tile's elements, mask) of each piece, of parts `refs` or of a single concatenation."""
+        rows = self._rows(step)
+        for piece, channel in zip(self.pieces, self.channel, strict=True):
+            ref, low = (refs[piece.number], piece.low) if isinstance(refs, list | tuple) else (refs, 0)
+            at, mask = rows[:, None], None
             if self.ragged:
-                masks.append(rows < self.positions)
-            at, mask = (self.channel - part.low)[None, :], None
-            if masks:
-                mask = jnp.broadcast_to(functools.reduce(jnp.logical_and, masks), (len(rows), self.blocks.columns))
-                at = self._places(jnp.broadcast_to(at, mask.shape), mask)
-            pieces.append((refs[part.number].at[rows, at], mask))
-        return pieces
+                mask = jnp.broadcast_to((rows < self.positions)[:, None], (len(rows), piece.size))
+                if self.norm.interpret:
+                    # It writes all lanes, in any order: those that are masked go where nothing is.
+                    at = jnp.where(mask, at, jnp.iinfo(jnp.int32).max)
+            yield ref.at[at, (channel - low)[None, :]], mask
 
-    def load(self, refs: Sequence[Any], step: Any) -> list[Array]:
-        """The tile of `step` of the concatenation of all parts `refs` [N, C_i], to be `joined`; zero outside of it."""
-        return [
-            triton.load(ref, mask=mask, other=None if mask is None else 0.0) for ref, mask in self._pieces(refs, step)
-        ]
+    def load(self, refs: Any, step: Any) -> list[Float[Array, "rows columns"]]:
+        """The tile of `step` of parts `refs` [N, C_i], or of a single [N, C]; zero outside of the positions."""
+        places = self._places(refs, step)
+        return [triton.load(ref, mask=mask, other=None if mask is None else 0.0) for ref, mask in places]
 
-    def joined(self, tiles: Sequence[Array]) -> Float[Array, "rows columns"]:
-        """What `load` returned as one."""
-        return functools.reduce(jnp.add, [tile.astype(jnp.float32) for tile in tiles])
-
-    def store(self, refs: Sequence[Any], step: Any, value: Float[Array, "rows columns"]) -> None:
+    def store(self, refs: Any, step: Any, values: Sequence[Float[Array, "rows columns"]]) -> None:
         """Write that, in the dtypes of `refs`."""
-        for (ref, mask), part in zip(self._pieces(refs, step), self.parts, strict=True):
-            triton.store(ref, value.astype(refs[part.number].dtype), mask=mask)
+        for (ref, mask), value in zip(self._places(refs, step), values, strict=True):
+            triton.store(ref, value.astype(ref.dtype), mask=mask)
 
     def sums(
-        self, read: Callable[[Any], Any], quantities: Callable[[Any, Any], Sequence[Array]], count: int
-    ) -> tuple[list[Float[Array, " columns"]], Callable[[Any], Any]]:
+        self, read: Callable[[Any], Any], quantities: Callable[[Any, Any], Sequence[Any]], count: int
+    ) -> tuple[list[list[Float[Array, " columns"]]], Callable[[Any], Any]]:
         """Sums over all positions of the `count` `quantities(step, read(step))`, and what to read with from now on.
 
         Where there is but one tile it is kept, and not read again.
         """
         if self.steps == 1:
             tile = read(0)
-            return [value.sum(axis=0) for value in quantities(0, tile)], lambda _: tile
+            return jax.tree.map(lambda value: value.sum(axis=0), quantities(0, tile)), lambda _: tile
 
-        def add(step: Any, tile: Any, totals: Sequence[Array]) -> list[Array]:
-            return [total + value for total, value in zip(totals, quantities(step, tile), strict=True)]
+        def add(step: Any, tile: Any, totals: Any) -> Any:
+            return jax.tree.map(jnp.add, totals, quantities(step, tile))
 
-        zeros = [jnp.zeros((self.blocks.rows, self.blocks.columns), jnp.float32)] * count
-        return [total.sum(axis=0) for total in self._loop(read, add, zeros)], read
+        zeros = [[jnp.zeros((self.blocks.rows, piece.size), jnp.float32) for piece in self.pieces]] * count
+        return jax.tree.map(lambda total: total.sum(axis=0), self._loop(read, add, zeros)), read
 
     def each(self, read: Callable[[Any], Any], write: Callable[[Any, Any], None]) -> None:
         """Call `write(step, read(step))` for all steps."""
@@ -194,11 +195,16 @@ class Tiles:
 
         return jax.lax.fori_loop(0, self.steps, turn, (read(0), carry))[1]
 
-    def group_mean(self, value: Float[Array, " columns"]) -> Float[Array, " columns"]:
+    def group_mean(self, values: Sequence[Float[Array, " columns"]]) -> list[Float[Array, " columns"]]:
         """Each channel's mean of its group, of sums over the positions."""
-        group = self.column // self.blocks.group
-        same = group[:, None] == group[None, :]
-        return jnp.where(same, value[None, :], 0.0).sum(axis=1) / (self.positions * self.blocks.group)
+        group, count = [column // self.blocks.group for column in self.column], self.positions * self.blocks.group
+
+        def mean(own: Array) -> Array:
+            same = [own[:, None] == other[None, :] for other in group]
+            totals = [jnp.where(s, value[None, :], 0.0).sum(axis=1) for s, value in zip(same, values, strict=True)]
+            return functools.reduce(jnp.add, totals) / count
+
+        return [mean(own) for own in group]
 
     def mask_rows(self, step: Any, value: Array) -> Array:
         """Zero outside of the positions, where there are such rows."""
@@ -233,34 +239,32 @@ def _forward(norm: Norm, blocks: Blocks, parts: tuple[Array, ...], offset: Array
     def group_norm_forward(*refs: Any) -> None:
         each_place(blocks, widths, functools.partial(body, refs))
 
-    def body(refs: Any, own: list[Part]) -> None:
+    def body(refs: Any, pieces: list[Piece]) -> None:
         inputs, (p_ref, q_ref), (y_ref, mean_ref, inv_ref) = refs[:-5], refs[-5:-3], refs[-3:]
-        tiles = Tiles(norm, blocks, own, positions)
-        shift = tiles.vector(inputs[count]) if offset is not None else jnp.zeros(tiles.blocks.columns)
+        tiles = Tiles(norm, blocks, pieces, positions)
+        shift = tiles.vector(inputs[count]) if offset is not None else [jnp.zeros(piece.size) for piece in pieces]
 
         def read(step: Any) -> list[Array]:
             return tiles.load(inputs[:count], step)
 
-        def moments(step: Any, tile: list[Array]) -> list[Array]:
-            x = tiles.joined(tile)
+        def moments(step: Any, tile: list[Array]) -> list[list[Array]]:
+            x = over(lambda t: t.astype(jnp.float32), tile)
             if offset is not None:
-                x = tiles.mask_rows(step, x + shift[None, :])
-            return [x, x * x]
+                x = over(lambda x, shift: tiles.mask_rows(step, x + shift[None, :]), x, shift)
+            return [x, over(jnp.square, x)]
+
+        def scaled(x: Array, slope: Array, constant: Array) -> Array:
+            u = x.astype(jnp.float32) * slope[None, :] + constant[None, :]
+            return u * tiles.sigmoid(u) if norm.silu else u
 
         totals, read_again = tiles.sums(read, moments, 2)
         mean, square = (tiles.group_mean(total) for total in totals)
-        inv = jax.lax.rsqrt(jnp.maximum(square - mean * mean, 0.0) + norm.eps)
+        inv = over(lambda s, m: jax.lax.rsqrt(jnp.maximum(s - m * m, 0.0) + norm.eps), square, mean)
         tiles.store_vector(mean_ref, mean)
         tiles.store_vector(inv_ref, inv)
-        slope = inv * tiles.vector(p_ref)
-        constant = tiles.vector(q_ref) + (shift - mean) * slope
-        whole = Tiles(norm, blocks, [Part(0, 0, sum(widths))], positions)
-
-        def write(step: Any, tile: list[Array]) -> None:
-            u = tiles.joined(tile) * slope[None, :] + constant[None, :]
-            whole.store([y_ref], step, u * tiles.sigmoid(u) if norm.silu else u)
-
-        tiles.each(read_again, write)
+        slope = over(jnp.multiply, inv, tiles.vector(p_ref))
+        constant = over(lambda q, s, m, a: q + (s - m) * a, tiles.vector(q_ref), shift, mean, slope)
+        tiles.each(read_again, lambda step, tile: tiles.store(y_ref, step, over(scaled, tile, slope, constant)))
 
     stats = jax.ShapeDtypeStruct((batch, sum(widths)), jnp.float32)
     y = jax.ShapeDtypeStruct((batch, positions, sum(widths)), norm.dtype)
@@ -307,46 +311,57 @@ def _backward(
     def group_norm_backward(*refs: Any) -> None:
         each_place(blocks, widths, functools.partial(body, refs))
 
-    def body(refs: Any, own: list[Part]) -> None:
+    def body(refs: Any, pieces: list[Piece]) -> None:
         refs_in, refs_out = refs[: len(inputs)], refs[len(inputs) :]
         dy_ref, others, x_refs = refs_in[0], refs_in[1 : 1 + len(kept)], refs_in[1 + len(kept) :][:count]
-        tiles, whole = (Tiles(norm, blocks, parts, positions) for parts in (own, [Part(0, 0, channels)]))
+        tiles = Tiles(norm, blocks, pieces, positions)
         scale, shift, mean, inv = (tiles.vector(ref) for ref in refs_in[-4:])
         if offset is not None:
-            mean = mean - tiles.vector(refs_in[-5])  # of the parts alone
-        slope, constant = inv * scale, shift - mean * inv * scale
+            mean = over(jnp.subtract, mean, tiles.vector(refs_in[-5]))  # of the parts alone
+        slope = over(jnp.multiply, inv, scale)
+        constant = over(lambda shift, mean, slope: shift - mean * slope, shift, mean, slope)
 
         def read(step: Any) -> tuple[list[Array], list[Array]]:
-            return tiles.load(x_refs, step), whole.load([dy_ref], step)
+            return tiles.load(x_refs, step), tiles.load(dy_ref, step)
 
-        def x_and_du(tile: tuple[list[Array], list[Array]]) -> tuple[Array, Array]:
-            """x, and the gradient of what is before SiLU."""
-            x, du = tiles.joined(tile[0]), whole.joined(tile[1])
+        def of_piece(x: Array, dy: Array, slope: Array, constant: Array) -> tuple[Array, Array]:
+            x, du = x.astype(jnp.float32), dy.astype(jnp.float32)
             if norm.silu:
                 u = x * slope[None, :] + constant[None, :]
                 s = tiles.sigmoid(u)
                 du = du * (s + u * s * (1 - s))
             return x, du
 
-        def products(step: Any, tile: Any) -> list[Array]:
+        def x_and_du(tile: Any) -> tuple[Sequence[Array], Sequence[Array]]:
+            """x, and the gradient of what is before SiLU."""
+            x, du = zip(*over(of_piece, *tile, slope, constant), strict=True)
+            return x, du
+
+        def products(step: Any, tile: Any) -> list[list[Array]]:
             x, du = x_and_du(tile)
-            x = (x - mean[None, :]) * inv[None, :]
-            return [du, du * x, *([] if offset is None else [tiles.mask_rows(step, x)])]
+            x = over(lambda x, mean, inv: (x - mean[None, :]) * inv[None, :], x, mean, inv)
+            total = [list(du), over(jnp.multiply, du, x)]
+            return total if offset is None else [*total, over(functools.partial(tiles.mask_rows, step), x)]
 
         (dq, dp, *normalised), read_again = tiles.sums(read, products, 2 if offset is None else 3)
         tiles.store_vector(refs_out[-2], dp)
         tiles.store_vector(refs_out[-1], dq)
-        first, second = tiles.group_mean(scale * dq), tiles.group_mean(scale * dp)
+        first, second = (tiles.group_mean(over(jnp.multiply, scale, d)) for d in (dq, dp))
         if offset is not None:
-            doffset = inv * (scale * dq - positions * first - normalised[0] * second)
+            (x,), n = normalised, positions
+            doffset = over(lambda i, s, d, f, x, g: i * (s * d - n * f - x * g), inv, scale, dq, first, x, second)
             tiles.store_vector(refs_out[-3], doffset)
-        across = inv * inv * second
-        rest = inv * first - mean * across
+        across = over(lambda inv, second: inv * inv * second, inv, second)
+        rest = over(lambda inv, first, mean, across: inv * first - mean * across, inv, first, mean, across)
+
+        def gradient(x: Array, du: Array, slope: Array, across: Array, rest: Array) -> Array:
+            return du * slope[None, :] - (x * across[None, :] + rest[None, :])
 
         def write(step: Any, tile: Any) -> None:
-            x, du = x_and_du(tile)
-            dx = du * slope[None, :] - (x * across[None, :] + rest[None, :])
-            tiles.store(refs_out[:count], step, dx + tiles.joined(tiles.load(others, step)) if kept else dx)
+            dx = over(gradient, *x_and_du(tile), slope, across, rest)
+            if kept:
+                dx = over(lambda dx, other: dx + other.astype(jnp.float32), dx, tiles.load(others, step))
+            tiles.store(refs_out[:count], step, dx)
 
         # The last tiles first: they may still be in the cache. (Forward, where there is half as much, it does not pay.)
         last = tiles.steps - 1
