@@ -2,14 +2,16 @@
 
     python -m benchmarks.layers           # at the shapes of the networks of benchmarks.train_step, on a GPU
     python -m benchmarks.layers --tiles=4096x64x16,8192x32x16    # norms cut otherwise, for another GPU
-    python -m benchmarks.layers --tiny    # a rehearsal on a CPU, where norms have one form
+    python -m benchmarks.layers --tiny    # a rehearsal on a CPU, where norms and sums of products have one form
 
 Bfloat16. The backward pass is the gradients of all inputs, as the difference to both passes in one program. "traffic"
-is what a norm's arrays take to be read and written once at the speed of a large copy, which is measured first. A tile
-is its elements x the channels of a block at least x the elements of a thread, in `models/norm_kernels.py`.
+is what the arrays of a norm, or of a sum of products, take to be read and written once at the speed of a large copy,
+which is measured first. A tile is its elements x the channels of a block at least x the elements of a thread, in
+`models/norm_kernels.py`.
 """
 
 import argparse
+import functools
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -18,7 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks.harness import markdown, one_line
-from jaxdiff.models import norm
+from jaxdiff.models import norm, products
 from jaxdiff.models.layers import FORMS
 from jaxdiff.models.norm import Norm
 
@@ -29,6 +31,10 @@ NORMS = [  # batch, positions, channels of the parts
 CONVOLUTIONS = [  # form, shape of the input, features
     *[("up", (512, 16, 16, 256), 256), ("up", (64, 32, 32, 256), 256), ("up", (64, 64, 64, 128), 128)],
     *[("few", (512, 32, 32, 128), 3), ("few", (64, 128, 128, 128), 3)],
+]
+PRODUCTS = [  # batch, positions, channels of the parts, features
+    *[(512, 1024, (256, 128), 128), (512, 1024, (128, 128), 128), (512, 256, (256, 256), 256)],
+    *[(64, 16384, (128, 128), 128), (64, 4096, (256, 128), 128)],
 ]
 DTYPE = jnp.bfloat16
 
@@ -114,6 +120,26 @@ def tile_row(batch: int, positions: int, widths: Sequence[int], tiles: Sequence[
     return cells
 
 
+def product_row(batch: int, positions: int, widths: Sequence[int], features: int, speed: float) -> list[str]:
+    """The row of a sum of products in the table; "fast" is empty where it has one form."""
+    parts = tuple(draw(batch, positions, width) for width in widths)
+    kernels, gradient = tuple(draw(width, features) for width in widths), draw(batch, positions, features)
+
+    def time_form(form: Callable[..., Any]) -> str:
+        return " / ".join(f"{t:.3f}" for t in both_ways(form, (parts, kernels), gradient))
+
+    fast = functools.partial(products.multiply, False)
+    inputs, once = sum(part.nbytes for part in parts), gradient.nbytes
+    # Backward, the gradient is read, and the parts, of which as many are written.
+    traffic = [1e3 * size / speed for size in (inputs + once, 2 * inputs + once)]
+    return [
+        f"{batch} x {positions} x {' + '.join(map(str, widths))} to {features}",
+        time_form(products.reference),
+        time_form(fast) if products.has_kernel(parts, features) else "",
+        " / ".join(f"{t:.3f}" for t in traffic),
+    ]
+
+
 def convolution_row(form: str, shape: tuple[int, ...], features: int) -> list[str]:
     """A convolution's row of the table."""
     x, kernel = draw(*shape), draw(3, 3, shape[-1], features, dtype=jnp.float32)
@@ -140,11 +166,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         columns = ("forward / backward, ms", *args.tiles.split(","))
         print(markdown(columns, [tile_row(*shape, tiles) for shape in NORMS]))
         return
-    norms, convolutions = ([(2, 64, (64,))], [("up", (2, 4, 4, 8), 8)]) if args.tiny else (NORMS, CONVOLUTIONS)
+    works = NORMS, PRODUCTS, CONVOLUTIONS
+    if args.tiny:
+        works = [(2, 64, (64,))], [(2, 64, (64, 32), 128)], [("up", (2, 4, 4, 8), 8)]
+    norms, sums, convolutions = works
     speed = copy_speed(2**16 if args.tiny else 2**27)
     print(f"{jax.devices()[0].device_kind}: a copy reads and writes {speed / 1e12:.2f} TB/s\n")
     rows = [norm_row(*shape, speed) for shape in norms]
     print(markdown(("GroupNorm and SiLU, forward / backward", "plain, ms", "fast, ms", "traffic, ms"), rows), "\n")
+    rows = [product_row(*shape, speed) for shape in sums]
+    print(markdown(("Sum of products, forward / backward", "plain, ms", "fast, ms", "traffic, ms"), rows), "\n")
     rows = [convolution_row(*shape) for shape in convolutions]
     print(markdown(("3x3 convolution, forward / backward", "plain, ms", "fast, ms"), rows))
 

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float
 
 from jaxdiff.models import forms
 from jaxdiff.models.norm import GroupNorm
+from jaxdiff.models.products import add_products
 
 Dtype = Any
 ZEROS = nn.initializers.zeros_init()
@@ -130,8 +131,7 @@ class Conv1x1(nn.Module):
         kernel = self.param("kernel", DEFAULT_KERNEL, (1, 1, sum(widths), self.features))[0, 0]
         bias = self.param("bias", ZEROS, (self.features,))
         kernels = jnp.split(kernel.astype(self.dtype), list(itertools.accumulate(widths))[:-1])
-        products = [part.astype(self.dtype) @ k for part, k in zip(parts, kernels, strict=True)]
-        return functools.reduce(jnp.add, products), bias
+        return add_products([part.astype(self.dtype) for part in parts], kernels), bias
 
 
 def upsample(x: Float[Array, "batch h w c"]) -> Float[Array, "batch 2*h 2*w c"]:

@@ -14,11 +14,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.custom_partitioning import custom_partitioning
 from jax.experimental.pallas import triton
-from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
+from jaxdiff.models import splitting
 from jaxdiff.models.norm import Norm
 
 SOURCE = zlib.crc32(pathlib.Path(__file__).read_bytes())
@@ -382,7 +381,7 @@ def _call(
 ) -> Any:
     """The kernel on all images and all groups; where the batch is split over devices each has its own images."""
 
-    def call(_: Array, *arrays: Array) -> Any:
+    def call(*arrays: Array) -> Any:
         size = arrays[0].shape[0]
         shapes = [jax.ShapeDtypeStruct((size, *o.shape[1:]), o.dtype) for o in outputs]
 
@@ -401,21 +400,4 @@ def _call(
             name=kernel.__name__,
         )(*arrays)
 
-    def partition(mesh: Any, arguments: Any, results: Any) -> Any:
-        own = NamedSharding(mesh, PartitionSpec(arguments[1].sharding.spec[0]))
-        whole = NamedSharding(mesh, PartitionSpec())
-        shardings = [whole if a.shape[0] == 1 else own for a in arguments[1:]]
-        return mesh, call, jax.tree.map(lambda _: own, results), (whole, *shardings)
-
-    # What stands for the kernel in a program of several devices says nothing of what it computes. The cache of compiled
-    # programs, to whose keys `startup.start` leaves no other trace of it, tells programs apart by this number.
-    identity = jnp.array([zlib.crc32(repr((SOURCE, kernel.__name__, norm, blocks)).encode())], jnp.uint32)
-    shapes, count = [*(a.shape for a in inputs), *(o.shape for o in outputs)], itertools.count()
-    factors = [
-        " ".join([*(["batch"] if shape[0] > 1 else []), *(f"d{next(count)}" for _ in shape[shape[0] > 1 :])])
-        for shape in shapes
-    ]
-    rule = f"{', '.join(['one', *factors[: len(inputs)]])} -> {', '.join(factors[len(inputs) :])}"
-    split = custom_partitioning(call)
-    split.def_partition(partition=partition, sharding_rule=rule)
-    return split(identity, *inputs)
+    return splitting.over_batch(call, (SOURCE, kernel.__name__, norm, blocks), inputs, outputs)

@@ -34,10 +34,10 @@ def jaxpr_flops(jaxpr: Any) -> int:
     convolution's padding, or with the zeros between the rows of a strided one's gradient, as XLA's `cost_analysis` has
     it, so that the gradient of a layer costs twice its forward pass. Of a `cond`'s branches the dearest counts, in a
     scan every turn. What `jax.checkpoint` computes again does not count, as it does not in cuDNN's attention, which
-    keeps that to itself: two products forward and four backward. What is written twice counts twice, though XLA may
-    compute it once.
+    keeps that to itself: two products forward and four backward. A kernel of Pallas counts what its `cost_estimate`
+    says. What is written twice counts twice, though XLA may compute it once.
 
-    Raises: ValueError for products in a while loop, whose turns nobody knows, or in a kernel of Pallas.
+    Raises: ValueError for products in a while loop, whose turns nobody knows, or in a kernel of Pallas without one.
     """
     inner = getattr(jaxpr, "jaxpr", jaxpr)
     live, _ = dce_jaxpr(inner, [True] * len(inner.outvars))
@@ -54,6 +54,8 @@ def _equation(equation: Any) -> int:
         return 0
     if name in MULTIPLICATIONS:
         return 2 * MULTIPLICATIONS[name](equation)
+    if name == "pallas_call" and params["cost_estimate"] is not None:
+        return params["cost_estimate"].flops
     inner = [_jaxpr(jaxpr) for jaxpr in jaxprs_in_params(params)]
     if name in ("while", "pallas_call") and any(inner):
         raise ValueError(f"there are matrix products in a {name}, which may be computed any number of times")
