@@ -1,5 +1,6 @@
 """The kernel that adds up products, run by Pallas's interpreter, against XLA's form of it."""
 
+import functools
 import re
 
 import jax
@@ -10,7 +11,8 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 from jaxdiff import mesh as meshes
 from jaxdiff import startup
-from jaxdiff.models import forms, norm, product_kernels, products
+from jaxdiff.models import attention, forms, norm, product_kernels, products
+from jaxdiff.models.attention import Attention
 from jaxdiff.models.layers import ResBlock
 from jaxdiff.models.products import Cut, add_products, cut, has_kernel, multiply, reference
 from jaxdiff.training.flops import count_flops
@@ -28,15 +30,23 @@ def inputs(batch, positions, widths, features=128, dtype="float32"):
     return parts, tuple(draw(f"kernel{i}", w, features, dtype=dtype) / 8 for i, w in enumerate(widths))
 
 
+def ours(*arguments, outputs=1):
+    return multiply(True, outputs, *arguments, *[None] * (4 - len(arguments)))
+
+
+def plain(*arguments, outputs=1):
+    return reference(outputs, *arguments, *[None] * (4 - len(arguments)))
+
+
 def with_gradients(function, arguments):
-    """y, and the gradients of a loss of it."""
+    """The results, and the gradients of a loss of them."""
 
     def loss(*arguments):
-        y = function(*arguments)
-        return (y.astype(jnp.float32) * draw("dy", *y.shape)).sum(), y
+        ys = function(*arguments)
+        return sum((y.astype(jnp.float32) * draw(f"dy{i}", *y.shape)).sum() for i, y in enumerate(ys)), ys
 
-    gradients, y = jax.jit(jax.grad(loss, (0, 1), has_aux=True))(*arguments)
-    return jax.tree.leaves((y, gradients))
+    gradients, ys = jax.jit(jax.grad(loss, tuple(range(len(arguments))), has_aux=True))(*arguments)
+    return jax.tree.leaves((ys, gradients))
 
 
 @pytest.fixture
@@ -68,9 +78,25 @@ def test_kernel_is_the_reference(positions, widths, features, chosen, monkeypatc
     if chosen:
         monkeypatch.setattr(products, "cut", lambda widths, features: chosen)
     arguments = inputs(2, positions, widths, features)
-    ours = with_gradients(lambda *a: multiply(True, *a), arguments)
-    for a, b in zip(ours, with_gradients(reference, arguments), strict=True):
+    for a, b in zip(with_gradients(ours, arguments), with_gradients(plain, arguments), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("outputs", "chosen"), [(1, SMALL), (2, SMALL), (3, SMALL._replace(chunks=1, tiles=2)), (3, None)]
+)
+def test_kernel_adds_a_bias_and_a_residual_and_splits(outputs, chosen, monkeypatch):
+    if chosen:
+        monkeypatch.setattr(products, "cut", lambda widths, features: chosen)
+    positions, features = 80, 256
+    arguments = [*inputs(2, positions, (64,), outputs * features), draw("bias", outputs * features)]
+    if outputs == 1:
+        arguments.append(draw("residual", 2, positions, features))
+    functions = (functools.partial(f, outputs=outputs) for f in (ours, plain))
+    results = [with_gradients(function, arguments) for function in functions]
+    assert results[0][0].shape == (2, positions, features)
+    for a, b in zip(*results, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=2e-5)
 
 
 @pytest.mark.parametrize(("rows", "tiles"), [(16, 1), (17, 1), (100, 3), (500, 16)])
@@ -86,25 +112,28 @@ def test_tiles_are_all_rows_and_no_others(rows, tiles):
 def test_kernel_rounds_once(chunks, monkeypatch):
     monkeypatch.setattr(products, "cut", lambda widths, features: SMALL._replace(chunks=chunks))
     arguments = inputs(2, 40, (64, 64), dtype="bfloat16")
-    y, *gradients = with_gradients(lambda *a: multiply(True, *a), arguments)
-    exact = reference(*jax.tree.map(lambda a: a.astype(jnp.float32), arguments))
+    y, *gradients = with_gradients(ours, arguments)
+    (exact,) = plain(*jax.tree.map(lambda a: a.astype(jnp.float32), arguments))
     assert y.dtype == jnp.bfloat16
     assert (np.abs(y.astype(np.float32) - exact) <= 2**-8 * np.abs(exact) + 1e-5).all()
-    for a, b in zip(gradients, with_gradients(reference, arguments)[1:], strict=True):
+    for a, b in zip(gradients, with_gradients(plain, arguments)[1:], strict=True):
         np.testing.assert_array_equal(a, b)  # XLA's own
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize(
-    ("widths", "features"), [((128, 128), 128), ((256, 128), 128), ((256, 256), 256), ((512, 256), 384)]
+    ("widths", "features", "outputs"),
+    [((128, 128), 128, 1), ((256, 128), 128, 1), ((256, 256), 256, 1), ((512, 256), 384, 1), ((256,), 256, 3)],
 )
-def test_kernel_is_what_triton_takes(widths, features):
+def test_kernel_is_what_triton_takes(widths, features, outputs):
     parts = tuple(jax.ShapeDtypeStruct((8, 1024, width), jnp.bfloat16) for width in widths)
-    kernels = tuple(jax.ShapeDtypeStruct((width, features), jnp.bfloat16) for width in widths)
+    kernels = tuple(jax.ShapeDtypeStruct((width, outputs * features), jnp.bfloat16) for width in widths)
+    bias = jax.ShapeDtypeStruct((outputs * features,), jnp.float32)
+    residual = jax.ShapeDtypeStruct((8, 1024, features), jnp.bfloat16) if outputs == 1 else None
     card = AbstractDevice("NVIDIA H100 80GB HBM3", num_cores=132, platform="gpu")  # which JAX asks for since 0.11
     mesh = AbstractMesh((1,), ("data",), axis_types=(AxisType.Auto,), abstract_device=card)
     with jax.sharding.use_abstract_mesh(mesh):
-        traced = jax.jit(lambda *a: multiply(False, *a)).trace(parts, kernels)
+        traced = jax.jit(lambda *a: multiply(False, outputs, *a)).trace(parts, kernels, bias, residual)
         text = traced.lower(lowering_platforms=("cuda",)).as_text()
     assert "sum_of_products" in text
 
@@ -116,7 +145,7 @@ def test_kernel_of_a_batch_that_is_split_over_devices(positions, small):
     mesh = meshes.make_mesh()
     split, whole = meshes.batch_sharding(mesh), meshes.replicated(mesh)
     everywhere = jax.device_put(parts, split), jax.device_put(kernels, whole)
-    alone, parted = (with_gradients(lambda *a: multiply(True, *a), a) for a in ((parts, kernels), everywhere))
+    alone, parted = (with_gradients(ours, a) for a in ((parts, kernels), everywhere))
     assert {s.data.shape for s in parted[0].addressable_shards} == {(1, positions, 128)}  # nobody gathers the batch
     for a, b in zip(parted, alone, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
@@ -128,7 +157,7 @@ def test_programs_of_several_devices_are_found_again_and_not_mistaken(monkeypatc
     kernels = [jax.ShapeDtypeStruct((64, 128), jnp.float32)] * 2
 
     def key(**fields):
-        function = jax.jit(lambda *a: product_kernels.multiply(SMALL._replace(**fields), True, *a))
+        function = jax.jit(lambda *a: product_kernels.multiply(SMALL._replace(**fields), True, 1, *a, None, None))
         text = function.lower(tuple(parts), tuple(kernels)).as_text()
         return re.sub(r'backend_config = "[0-9]+"', "", text)  # the pointer, which the cache leaves out
 
@@ -155,14 +184,42 @@ def test_residual_block_is_the_same(kernels, monkeypatch):
 
     monkeypatch.setattr(norm, "normalise", norm.reference)
     monkeypatch.setattr(products, "multiply", counted)
-    ours = jax.tree.leaves(gradient())
+    fast = jax.tree.leaves(gradient())
     assert calls
     calls.clear()
     monkeypatch.setattr(products, "has_kernel", lambda *_: False)
-    for a, b in zip(ours, jax.tree.leaves(gradient()), strict=True):
+    for a, b in zip(fast, jax.tree.leaves(gradient()), strict=True):
         a, b = (np.asarray(x, np.float32) for x in (a, b))
         assert np.linalg.norm(a - b) <= 0.01 * np.linalg.norm(b)
     assert not calls
+
+
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_attention_is_the_same(qk_norm, kernels, monkeypatch):
+    monkeypatch.setattr(norm, "normalise", norm.reference)
+    monkeypatch.setattr(attention, "attention_kernel", lambda *_: "xla")
+    block, x = Attention(64, jnp.bfloat16, zero_init=False, qk_norm=qk_norm), draw("x", 64, 8, 8, 128, dtype="bfloat16")
+    params = jax.jit(lambda: block.init(KEY, x[:1]))()
+    params = jax.tree.map(lambda p: p + 0.1 * draw("noise", *p.shape), params)
+    calls = []
+
+    def counted(interpret, outputs, *arguments):
+        calls.append((outputs, len(arguments[0])))
+        return multiply(interpret, outputs, *arguments)
+
+    def gradient():
+        def loss(params, x):
+            return (block.apply(params, x).astype(jnp.float32) * draw("w", *x.shape)).sum()
+
+        return jax.jit(jax.value_and_grad(loss, (0, 1)))(params, x)
+
+    monkeypatch.setattr(products, "multiply", counted)
+    fast = jax.tree.leaves(gradient())
+    assert set(calls) == {(1, 1), (1, 3), (3, 1)}  # what follows attention, the gradient of all three, and these
+    monkeypatch.setattr(products, "has_kernel", lambda *_: False)
+    for a, b in zip(fast, jax.tree.leaves(gradient()), strict=True):
+        a, b = (np.asarray(x, np.float32) for x in (a, b))
+        assert np.linalg.norm(a - b) <= 0.02 * np.linalg.norm(b)
 
 
 def test_kernel_is_for_large_maps_on_hopper(kernels, monkeypatch):
@@ -170,7 +227,7 @@ def test_kernel_is_for_large_maps_on_hopper(kernels, monkeypatch):
         return has_kernel([jax.ShapeDtypeStruct((*shape, width), dtype) for width in widths], features)
 
     assert asked() and asked(widths=(256, 128)) and asked(widths=(128,) * 3, dtype=jnp.float16)
-    assert not asked(shape=(3, 32, 32)) and not asked(widths=(256,)) and not asked(dtype=jnp.float32)
+    assert asked(widths=(256,)) and not asked(shape=(3, 32, 32)) and not asked(dtype=jnp.float32)
     assert not asked(features=192) and not asked(widths=(96, 96)) and not asked(widths=(512, 384))
     monkeypatch.setattr(forms, "CAPABILITY", 8.0)
     assert not asked()
@@ -180,7 +237,8 @@ def test_kernel_is_for_large_maps_on_hopper(kernels, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("widths", "features"), [((128, 128), 128), ((256, 128), 256), ((256, 256), 512), ((1024, 512), 768)]
+    ("widths", "features"),
+    [((128, 128), 128), ((256, 128), 256), ((256, 256), 512), ((1024, 512), 768), ((256,), 256), ((256,) * 3, 256)],
 )
 def test_shared_memory_is_enough(widths, features):
     chosen, channels = cut(widths, features), sum(widths)
