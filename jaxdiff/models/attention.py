@@ -8,9 +8,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxdiff.models import forms
-from jaxdiff.models.layers import DEFAULT_KERNEL, ZEROS, Dtype
+from jaxdiff.models.layers import DEFAULT_KERNEL, ZEROS, Dtype, add_bias
 from jaxdiff.models.norm import GroupNorm
-from jaxdiff.models.products import add_products, split_product
+from jaxdiff.models.products import add_products, each_product
 
 
 def attention_kernel(dtype: Dtype, head_dim: int, q_len: int, kv_len: int) -> Literal["cudnn", "xla"]:
@@ -48,25 +48,24 @@ def attend(
 
 
 class Projections(nn.Module):
-    """`count` linear maps whose parameters lie side by side in one `kernel` and `bias`: their results, and all biases.
+    """`count` linear maps whose parameters lie side by side in one `kernel` and `bias`: pairs (x kernel, bias).
 
-    Of these the first `biased` are added.
+    To split those is cheaper than to split the result, and to put together the gradients of its pieces.
     """
 
     features: int
     count: int
-    biased: int
     dtype: Dtype
 
     @nn.compact
     def __call__(
         self, x: Float[Array, "batch n c"]
-    ) -> tuple[tuple[Float[Array, "batch n features"], ...], list[Float[Array, " features"]]]:
+    ) -> list[tuple[Float[Array, "batch n features"], Float[Array, " features"]]]:
         width = self.count * self.features
         kernel = self.param("kernel", DEFAULT_KERNEL, (x.shape[-1], width)).astype(self.dtype)
         bias = self.param("bias", ZEROS, (width,))
-        added = jnp.where(jnp.arange(width) < self.biased * self.features, bias, 0) if self.biased else None
-        return split_product(x.astype(self.dtype), kernel, added, self.count), jnp.split(bias, self.count)
+        kernels, biases = (jnp.split(a, self.count, axis=-1) for a in (kernel, bias))
+        return list(zip(each_product(x.astype(self.dtype), tuple(kernels)), biases, strict=True))
 
 
 class Output(nn.Module):
@@ -112,14 +111,15 @@ class Attention(nn.Module):
         heads = self.num_heads or (c // self.head_dim if self.head_dim else 1)
         h, (x,) = GroupNorm(self.norm_groups, self.eps, self.dtype, name="norm")((x,))
         h = h.reshape(b, height * width, c)
-        # A query's logits all shift by as much with a bias of the keys, of which the softmax knows nothing.
-        biased = 1 + self.qk_norm
         if context is None:
-            (q, k, v), (*_, v_bias) = Projections(c, 3, biased, self.dtype, name="qkv")(h)
+            (q, q_bias), (k, k_bias), (v, v_bias) = Projections(c, 3, self.dtype, name="qkv")(h)
         else:
-            (q,), _ = Projections(c, 1, 1, self.dtype, name="q")(h)
+            ((q, q_bias),) = Projections(c, 1, self.dtype, name="q")(h)
             context = nn.LayerNorm(dtype=self.dtype, name="norm_context")(context)
-            (k, v), (*_, v_bias) = Projections(c, 2, biased - 1, self.dtype, name="kv")(context)
+            (k, k_bias), (v, v_bias) = Projections(c, 2, self.dtype, name="kv")(context)
+        q = add_bias(q, q_bias)
+        if self.qk_norm:  # else all logits of a query shift by as much, of which the softmax knows nothing
+            k = add_bias(k, k_bias)
         q, k, v = (a.reshape(b, -1, heads, c // heads) for a in (q, k, v))
         if self.qk_norm:
             q, k = (nn.RMSNorm(dtype=self.dtype, name=f"norm_{n}")(a) for n, a in (("q", q), ("k", k)))

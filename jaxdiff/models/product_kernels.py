@@ -30,25 +30,28 @@ def start(cut: Cut, block: Any, tile: Any, rows: int) -> Any:
 
 
 # Jitted, so that sums of the same shapes are traced and lowered once for all of them.
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+@functools.partial(jax.jit, static_argnums=(0, 1))
 def multiply(
     cut: Cut,
     interpret: bool,
-    outputs: int,
     parts: tuple[Float[Array, "b n _"], ...],
-    kernels: tuple[Float[Array, "_ outputs*features"], ...],
-    bias: Float[Array, " outputs*features"] | None,
+    kernels: tuple[Float[Array, "_ features"], ...],
+    bias: Float[Array, " features"] | None,
     residual: Float[Array, "b n features"] | None,
-) -> list[Float[Array, "b n features"]]:
+) -> Float[Array, "b n features"]:
     """As `products.reference`, added up in float32; where the batch is split over devices each has its own images."""
-    count, widths, features = len(parts), [part.shape[-1] for part in parts], kernels[0].shape[-1] // outputs
+    count, widths, features = len(parts), [part.shape[-1] for part in parts], kernels[0].shape[-1]
     result = jax.ShapeDtypeStruct((*parts[0].shape[:-1], features), parts[0].dtype)
 
+    def arguments(arrays: Sequence[Any]) -> tuple[Any, Any, Any, Any]:
+        """Parts, kernels, bias and residual, of which the last two may be None."""
+        rest = iter(arrays[2 * count :])
+        added, other = (None if a is None else next(rest) for a in (bias, residual))
+        return arrays[:count], arrays[count : 2 * count], added, other
+
     def sum_of_products(*refs: Any) -> None:
-        (*refs_in, bias_ref, residual_ref), y_refs = arguments(refs[:-outputs]), refs[-outputs:]
-        x_refs, kernel_refs = refs_in[:count], refs_in[count:]
-        place, block = pl.program_id(0), pl.program_id(1)
-        columns = pl.ds(place * cut.columns, cut.columns)
+        (x_refs, kernel_refs, bias_ref, residual_ref), y_ref = arguments(refs[:-1]), refs[-1]
+        columns, block = pl.ds(pl.program_id(0) * cut.columns, cut.columns), pl.program_id(1)
 
         def channels(chunk: Any) -> list[Any]:
             return [pl.ds(chunk * (width // cut.chunks), width // cut.chunks) for width in widths]
@@ -58,18 +61,8 @@ def multiply(
 
         held = read_kernels(0) if cut.chunks == 1 else None
 
-        def store(rows: Any, value: Float[Array, "rows columns"]) -> None:
-            blocks = features // cut.columns  # of an output
-            for number, y_ref in enumerate(y_refs):
-                at = pl.ds((place - number * blocks) * cut.columns, cut.columns)
-
-                def write(y_ref: Any = y_ref, at: Any = at) -> None:
-                    y_ref[rows, at] = value.astype(y_ref.dtype)
-
-                write() if outputs == 1 else pl.when(jax.lax.div(place, blocks) == number)(write)
-
         def tile(step: Any) -> None:
-            rows = pl.ds(start(cut, block, step, y_refs[0].shape[0]), cut.rows)
+            rows = pl.ds(start(cut, block, step, y_ref.shape[0]), cut.rows)
 
             def add(chunk: Any, total: Float[Array, "rows columns"]) -> Float[Array, "rows columns"]:
                 for ref, own, kernel in zip(x_refs, channels(chunk), held or read_kernels(chunk), strict=True):
@@ -82,44 +75,38 @@ def multiply(
                 total += bias_ref[columns][None, :]
             if residual is not None:
                 total += residual_ref[rows, columns].astype(jnp.float32)
-            store(rows, total)
+            y_ref[rows, columns] = total.astype(y_ref.dtype)
 
         if cut.tiles == 1:
             tile(0)
         else:
             jax.lax.fori_loop(0, cut.tiles, lambda step, _: tile(step), None)
 
-    def arguments(arrays: Sequence[Any]) -> list[Any]:
-        """Parts, kernels, bias and residual, of which the last two may be None."""
-        rest = list(arrays[2 * count :])
-        return [*arrays[: 2 * count], *(None if a is None else rest.pop(0) for a in (bias, residual))]
-
     def call(*arrays: Array) -> list[Float[Array, "b n features"]]:
-        batch, positions, _ = arrays[0].shape
+        xs, ws, added, other = arguments(arrays)
+        ws, added = tuple(kernel[0] for kernel in ws), None if added is None else added[0]
+        batch, positions, _ = xs[0].shape
         rows = batch * positions
-        *maps, added, other = arguments(arrays)
-        xs, ws, added = maps[:count], [kernel[0] for kernel in maps[count:]], None if added is None else added[0]
         if rows < cut.rows:  # of a device
-            return list(reference(outputs, tuple(xs), tuple(ws), added, other))
-        flat = [x if x is None else x.reshape(rows, -1) for x in (*xs, other)]
-        inputs = [*flat[:-1], *ws, *(a for a in (added, flat[-1]) if a is not None)]
-        ys = pl.pallas_call(
+            return [reference(xs, ws, added, other)]
+        *flat, other = [x if x is None else x.reshape(rows, -1) for x in (*xs, other)]
+        inputs = [*flat, *ws, *(a for a in (added, other) if a is not None)]
+        y = pl.pallas_call(
             sum_of_products,
-            out_shape=[jax.ShapeDtypeStruct((rows, features), result.dtype)] * outputs,
-            # Neighbours read the same rows.
-            grid=(outputs * features // cut.columns, pl.cdiv(rows, cut.rows * cut.tiles)),
+            out_shape=jax.ShapeDtypeStruct((rows, features), result.dtype),
+            grid=(features // cut.columns, pl.cdiv(rows, cut.rows * cut.tiles)),  # neighbours read the same rows
             compiler_params=triton.CompilerParams(num_warps=cut.warps, num_stages=cut.stages),
             cost_estimate=pl.CostEstimate(
-                flops=2 * rows * sum(widths) * outputs * features,
-                bytes_accessed=sum(a.nbytes for a in inputs) + rows * outputs * features * result.dtype.itemsize,
+                flops=2 * rows * sum(widths) * features,
+                bytes_accessed=sum(a.nbytes for a in inputs) + rows * features * result.dtype.itemsize,
                 transcendentals=0,
             ),
             interpret=interpret,
             name=sum_of_products.__name__,
         )(*inputs)
-        return [y.reshape(batch, positions, features) for y in ys]
+        return [y.reshape(batch, positions, features)]
 
     one = [*kernels, *([] if bias is None else [bias])]  # for all images
     inputs = [*parts, *(a[None] for a in one), *([] if residual is None else [residual])]
-    identity = SOURCE, cut, outputs, bias is None, residual is None
-    return splitting.over_batch(call, identity, inputs, [result] * outputs)
+    (y,) = splitting.over_batch(call, (SOURCE, cut, bias is None, residual is None), inputs, [result])
+    return y

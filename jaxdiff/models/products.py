@@ -60,76 +60,71 @@ def add_products(
     bias: Float[Array, " features"] | None = None,
     residual: Float[Array, "batch *rest features"] | None = None,
 ) -> Float[Array, "batch *rest features"]:
-    """residual + bias + sum of part @ kernel; all but the bias of one dtype."""
+    """residual + (sum of part @ kernel + bias); all but the bias of one dtype."""
     more_than_a_product = len(parts) > 1 or residual is not None
-    flat = _positions([*parts, *([] if residual is None else [residual])])
-    inputs = tuple(flat[: len(parts)]), tuple(kernels), bias, None if residual is None else flat[-1]
+    flat = tuple(part.reshape(len(part), -1, part.shape[-1]) for part in parts)
+    other = None if residual is None else residual.reshape(len(residual), -1, residual.shape[-1])
     if more_than_a_product and has_kernel(parts, kernels[0].shape[-1]):
-        (y,) = multiply(norm.INTERPRET, 1, *inputs)
+        y = multiply(norm.INTERPRET, flat, tuple(kernels), bias, other)
     else:
-        (y,) = reference(1, *inputs)
+        y = reference(flat, tuple(kernels), bias, other)
     return y.reshape(*parts[0].shape[:-1], -1)
 
 
-def split_product(
-    x: Float[Array, "batch n c"], kernel: Float[Array, "c outputs*features"], bias: Array | None, outputs: int
-) -> tuple[Float[Array, "batch n features"], ...]:
-    """As many pieces of x @ kernel + bias [outputs * features]; the latter may be None.
-
-    To split the kernel is cheaper than to split the result, and to put together the gradients of its pieces.
-    """
-    inputs = (x,), (kernel,), bias, None
-    if outputs > 1 and has_kernel([x], kernel.shape[-1] // outputs):
-        return multiply(norm.INTERPRET, outputs, *inputs)
-    return reference(outputs, *inputs)
-
-
-def _positions(maps: Sequence[Array]) -> list[Float[Array, "batch n _"]]:
-    return [x.reshape(len(x), -1, x.shape[-1]) for x in maps]
-
-
 def reference(
-    outputs: int,
     parts: tuple[Float[Array, "b n _"], ...],
-    kernels: tuple[Float[Array, "_ outputs*features"], ...],
-    bias: Float[Array, " outputs*features"] | None,
-    residual: Float[Array, "b n features"] | None,
-) -> tuple[Float[Array, "b n features"], ...]:
-    """residual + (sum of part @ kernel + bias), in pieces, each product rounded; left to XLA."""
-    pieces = zip(*(jnp.split(kernel, outputs, axis=1) for kernel in kernels), strict=True)
-    sums = [functools.reduce(jnp.add, [x @ k for x, k in zip(parts, own, strict=True)]) for own in pieces]
+    kernels: tuple[Float[Array, "_ features"], ...],
+    bias: Float[Array, " features"] | None = None,
+    residual: Float[Array, "b n features"] | None = None,
+) -> Float[Array, "b n features"]:
+    """residual + (sum of part @ kernel + bias), each rounded; left to XLA."""
+    y = functools.reduce(jnp.add, [part @ kernel for part, kernel in zip(parts, kernels, strict=True)])
     if bias is not None:
-        biases = jnp.split(bias, outputs)
-        sums = [y + b.astype(y.dtype)[None, None] for y, b in zip(sums, biases, strict=True)]
-    return tuple(sums if residual is None else [residual + y for y in sums])
+        y = y + bias.astype(y.dtype)[None, None]
+    return y if residual is None else residual + y
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def multiply(
     interpret: bool,
-    outputs: int,
-    parts: tuple[Array, ...],
-    kernels: tuple[Array, ...],
-    bias: Array | None,
-    residual: Array | None,
-) -> tuple[Float[Array, "b n features"], ...]:
+    parts: tuple[Float[Array, "b n _"], ...],
+    kernels: tuple[Float[Array, "_ features"], ...],
+    bias: Float[Array, " features"] | None = None,
+    residual: Float[Array, "b n features"] | None = None,
+) -> Float[Array, "b n features"]:
     """`reference` by the kernel of `jaxdiff.models.product_kernels`, rounded once; `interpret`: without a GPU."""
     from jaxdiff.models import product_kernels  # Pallas takes a second to import
 
-    chosen = cut([part.shape[-1] for part in parts], kernels[0].shape[-1] // outputs)
-    return tuple(product_kernels.multiply(chosen, interpret, outputs, parts, kernels, bias, residual))
+    chosen = cut([part.shape[-1] for part in parts], kernels[0].shape[-1])
+    return product_kernels.multiply(chosen, interpret, parts, kernels, bias, residual)
 
 
-def _forward(interpret: bool, outputs: int, *inputs: Any) -> Any:
-    return multiply(interpret, outputs, *inputs), inputs
+def _forward(interpret: bool, *inputs: Any) -> Any:
+    return multiply(interpret, *inputs), inputs
 
 
-def _backward(interpret: bool, outputs: int, saved: Any, dy: tuple[Array, ...]) -> Any:
-    parts, kernels, bias, residual = saved
-    dparts, *others = jax.vjp(functools.partial(reference, outputs), *saved)[1](dy)
-    if outputs > 1:  # the gradient of what is split is a sum, of which XLA would round each product
-        dparts = (add_products(dy, [k.T for k in jnp.split(kernels[0], outputs, axis=1)]),)
-    return dparts, *others
+def _backward(interpret: bool, saved: Any, dy: Array) -> Any:
+    return jax.vjp(reference, *saved)[1](dy)
 
 
 multiply.defvjp(_forward, _backward)
+
+
+@jax.custom_vjp
+def each_product(
+    x: Float[Array, "batch n c"], kernels: tuple[Float[Array, "c _"], ...]
+) -> tuple[Float[Array, "batch n _"], ...]:
+    """x @ kernel for all of them; the gradient of x is a sum as in `add_products`.
+
+    (One kernel for all, that reads x but once, was slower than XLA's.)
+    """
+    return tuple(x @ kernel for kernel in kernels)
+
+
+def _each_backward(saved: Any, dy: tuple[Array, ...]) -> Any:
+    x, kernels = saved
+    dkernels = tuple(jnp.einsum("bnc,bnf->cf", x, d) for d in dy)
+    return add_products(dy, [kernel.T for kernel in kernels]), dkernels
+
+
+each_product.defvjp(lambda x, kernels: (each_product(x, kernels), (x, kernels)), _each_backward)

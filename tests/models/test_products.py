@@ -1,6 +1,5 @@
 """The kernel that adds up products, run by Pallas's interpreter, against XLA's form of it."""
 
-import functools
 import re
 
 import jax
@@ -30,20 +29,17 @@ def inputs(batch, positions, widths, features=128, dtype="float32"):
     return parts, tuple(draw(f"kernel{i}", w, features, dtype=dtype) / 8 for i, w in enumerate(widths))
 
 
-def ours(*arguments, outputs=1):
-    return multiply(True, outputs, *arguments, *[None] * (4 - len(arguments)))
-
-
-def plain(*arguments, outputs=1):
-    return reference(outputs, *arguments, *[None] * (4 - len(arguments)))
+def ours(*arguments):
+    return multiply(True, *arguments)
 
 
 def with_gradients(function, arguments):
-    """The results, and the gradients of a loss of them."""
+    """The result, or several, and the gradients of a loss of them."""
 
     def loss(*arguments):
         ys = function(*arguments)
-        return sum((y.astype(jnp.float32) * draw(f"dy{i}", *y.shape)).sum() for i, y in enumerate(ys)), ys
+        each = enumerate(jax.tree.leaves(ys))
+        return sum((y.astype(jnp.float32) * draw(f"dy{i}", *y.shape)).sum() for i, y in each), ys
 
     gradients, ys = jax.jit(jax.grad(loss, tuple(range(len(arguments))), has_aux=True))(*arguments)
     return jax.tree.leaves((ys, gradients))
@@ -78,25 +74,29 @@ def test_kernel_is_the_reference(positions, widths, features, chosen, monkeypatc
     if chosen:
         monkeypatch.setattr(products, "cut", lambda widths, features: chosen)
     arguments = inputs(2, positions, widths, features)
-    for a, b in zip(with_gradients(ours, arguments), with_gradients(plain, arguments), strict=True):
+    for a, b in zip(with_gradients(ours, arguments), with_gradients(reference, arguments), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("outputs", "chosen"), [(1, SMALL), (2, SMALL), (3, SMALL._replace(chunks=1, tiles=2)), (3, None)]
-)
-def test_kernel_adds_a_bias_and_a_residual_and_splits(outputs, chosen, monkeypatch):
+@pytest.mark.parametrize("chosen", [SMALL, SMALL._replace(chunks=1, tiles=2), None])
+@pytest.mark.parametrize("widths", [(64,), (64, 128)])
+def test_kernel_adds_a_bias_and_a_residual(widths, chosen, monkeypatch):
     if chosen:
         monkeypatch.setattr(products, "cut", lambda widths, features: chosen)
-    positions, features = 80, 256
-    arguments = [*inputs(2, positions, (64,), outputs * features), draw("bias", outputs * features)]
-    if outputs == 1:
-        arguments.append(draw("residual", 2, positions, features))
-    functions = (functools.partial(f, outputs=outputs) for f in (ours, plain))
-    results = [with_gradients(function, arguments) for function in functions]
-    assert results[0][0].shape == (2, positions, features)
-    for a, b in zip(*results, strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-5, atol=2e-5)
+    arguments = [*inputs(2, 80, widths, 256), draw("bias", 256), draw("residual", 2, 80, 256)]
+    for some in (arguments, [*arguments[:2], None, arguments[3]], arguments[:3]):
+        for a, b in zip(with_gradients(ours, some), with_gradients(reference, some), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_products_of_one_map(own, kernels, monkeypatch):
+    """With the kernel for the gradient of the map, and without."""
+    monkeypatch.setattr(products, "HALF", [jnp.dtype(jnp.float32)] if own else [])
+    x, matrices = draw("x", 64, 64, 128), tuple(draw(f"kernel{i}", 128, 128) / 8 for i in range(3))
+    expected = with_gradients(lambda x, matrices: tuple(x @ m for m in matrices), (x, matrices))
+    for a, b in zip(with_gradients(products.each_product, (x, matrices)), expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * np.abs(b).max())
 
 
 @pytest.mark.parametrize(("rows", "tiles"), [(16, 1), (17, 1), (100, 3), (500, 16)])
@@ -113,27 +113,27 @@ def test_kernel_rounds_once(chunks, monkeypatch):
     monkeypatch.setattr(products, "cut", lambda widths, features: SMALL._replace(chunks=chunks))
     arguments = inputs(2, 40, (64, 64), dtype="bfloat16")
     y, *gradients = with_gradients(ours, arguments)
-    (exact,) = plain(*jax.tree.map(lambda a: a.astype(jnp.float32), arguments))
+    exact = reference(*jax.tree.map(lambda a: a.astype(jnp.float32), arguments))
     assert y.dtype == jnp.bfloat16
     assert (np.abs(y.astype(np.float32) - exact) <= 2**-8 * np.abs(exact) + 1e-5).all()
-    for a, b in zip(gradients, with_gradients(plain, arguments)[1:], strict=True):
+    for a, b in zip(gradients, with_gradients(reference, arguments)[1:], strict=True):
         np.testing.assert_array_equal(a, b)  # XLA's own
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize(
-    ("widths", "features", "outputs"),
-    [((128, 128), 128, 1), ((256, 128), 128, 1), ((256, 256), 256, 1), ((512, 256), 384, 1), ((256,), 256, 3)],
+    ("widths", "features"),
+    [((128, 128), 128), ((256, 128), 128), ((256, 256), 256), ((512, 256), 384), ((256,), 256), ((256,) * 3, 256)],
 )
-def test_kernel_is_what_triton_takes(widths, features, outputs):
+def test_kernel_is_what_triton_takes(widths, features):
     parts = tuple(jax.ShapeDtypeStruct((8, 1024, width), jnp.bfloat16) for width in widths)
-    kernels = tuple(jax.ShapeDtypeStruct((width, outputs * features), jnp.bfloat16) for width in widths)
-    bias = jax.ShapeDtypeStruct((outputs * features,), jnp.float32)
-    residual = jax.ShapeDtypeStruct((8, 1024, features), jnp.bfloat16) if outputs == 1 else None
+    kernels = tuple(jax.ShapeDtypeStruct((width, features), jnp.bfloat16) for width in widths)
+    bias = jax.ShapeDtypeStruct((features,), jnp.float32)
+    residual = jax.ShapeDtypeStruct((8, 1024, features), jnp.bfloat16)
     card = AbstractDevice("NVIDIA H100 80GB HBM3", num_cores=132, platform="gpu")  # which JAX asks for since 0.11
     mesh = AbstractMesh((1,), ("data",), axis_types=(AxisType.Auto,), abstract_device=card)
     with jax.sharding.use_abstract_mesh(mesh):
-        traced = jax.jit(lambda *a: multiply(False, outputs, *a)).trace(parts, kernels, bias, residual)
+        traced = jax.jit(lambda *a: multiply(False, *a)).trace(parts, kernels, bias, residual)
         text = traced.lower(lowering_platforms=("cuda",)).as_text()
     assert "sum_of_products" in text
 
@@ -157,7 +157,7 @@ def test_programs_of_several_devices_are_found_again_and_not_mistaken(monkeypatc
     kernels = [jax.ShapeDtypeStruct((64, 128), jnp.float32)] * 2
 
     def key(**fields):
-        function = jax.jit(lambda *a: product_kernels.multiply(SMALL._replace(**fields), True, 1, *a, None, None))
+        function = jax.jit(lambda *a: product_kernels.multiply(SMALL._replace(**fields), True, *a, None, None))
         text = function.lower(tuple(parts), tuple(kernels)).as_text()
         return re.sub(r'backend_config = "[0-9]+"', "", text)  # the pointer, which the cache leaves out
 
@@ -203,9 +203,9 @@ def test_attention_is_the_same(qk_norm, kernels, monkeypatch):
     params = jax.tree.map(lambda p: p + 0.1 * draw("noise", *p.shape), params)
     calls = []
 
-    def counted(interpret, outputs, *arguments):
-        calls.append((outputs, len(arguments[0])))
-        return multiply(interpret, outputs, *arguments)
+    def counted(interpret, parts, *arguments):
+        calls.append(len(parts))
+        return multiply(interpret, parts, *arguments)
 
     def gradient():
         def loss(params, x):
@@ -215,7 +215,7 @@ def test_attention_is_the_same(qk_norm, kernels, monkeypatch):
 
     monkeypatch.setattr(products, "multiply", counted)
     fast = jax.tree.leaves(gradient())
-    assert set(calls) == {(1, 1), (1, 3), (3, 1)}  # what follows attention, the gradient of all three, and these
+    assert set(calls) == {1, 3}  # what follows attention, and the gradient of queries, keys and values
     monkeypatch.setattr(products, "has_kernel", lambda *_: False)
     for a, b in zip(fast, jax.tree.leaves(gradient()), strict=True):
         a, b = (np.asarray(x, np.float32) for x in (a, b))
