@@ -65,7 +65,7 @@ class Projections(nn.Module):
         kernel = self.param("kernel", DEFAULT_KERNEL, (x.shape[-1], width)).astype(self.dtype)
         bias = self.param("bias", ZEROS, (width,))
         kernels, biases = (jnp.split(a, self.count, axis=-1) for a in (kernel, bias))
-        return list(zip(each_product(x.astype(self.dtype), tuple(kernels)), biases, strict=True))
+        return list(zip(each_product(x.astype(self.dtype), kernels), biases, strict=True))
 
 
 class Output(nn.Module):

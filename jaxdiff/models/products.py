@@ -42,10 +42,10 @@ def cut(widths: Sequence[int], features: int) -> Cut:
     return Cut(rows=128, columns=columns, chunks=math.gcd(*widths) // step, tiles=1, warps=8, stages=stages)
 
 
-def has_kernel(parts: Sequence[Float[Array, "*rest _"]], features: int) -> bool:
+def has_kernel(parts: Sequence[Any], features: int) -> bool:
     """Whether the sum is computed by a kernel of our own: in half precision of large maps, on a Hopper GPU.
 
-    Whatever is narrow or of very unlike widths is left to XLA.
+    Args: parts, arrays [*rest, C_i] or their shapes. Whatever is narrow or of very unlike widths is left to XLA.
     """
     widths = [part.shape[-1] for part in parts]
     shared = math.gcd(*widths)
@@ -110,15 +110,25 @@ def _backward(interpret: bool, saved: Any, dy: Array) -> Any:
 multiply.defvjp(_forward, _backward)
 
 
-@jax.custom_vjp
 def each_product(
-    x: Float[Array, "batch n c"], kernels: tuple[Float[Array, "c _"], ...]
-) -> tuple[Float[Array, "batch n _"], ...]:
-    """x @ kernel for all of them; the gradient of x is a sum as in `add_products`.
+    x: Float[Array, "batch n c"], kernels: Sequence[Float[Array, "c features"]]
+) -> tuple[Float[Array, "batch n features"], ...]:
+    """x @ kernel for all of them, whose gradient for x is a sum as in `add_products`.
 
     (One kernel for all, that reads x but once, was slower than XLA's.)
     """
+    c, features = kernels[0].shape
+    gradient = jax.ShapeDtypeStruct((*x.shape[:-1], features), x.dtype)
+    own = len(kernels) > 1 and has_kernel([gradient] * len(kernels), c)
+    return (_each_product if own else _each)(x, tuple(kernels))
+
+
+def _each(x: Array, kernels: tuple[Array, ...]) -> tuple[Array, ...]:
     return tuple(x @ kernel for kernel in kernels)
+
+
+def _each_forward(x: Array, kernels: tuple[Array, ...]) -> Any:
+    return _each(x, kernels), (x, kernels)
 
 
 def _each_backward(saved: Any, dy: tuple[Array, ...]) -> Any:
@@ -127,4 +137,5 @@ def _each_backward(saved: Any, dy: tuple[Array, ...]) -> Any:
     return add_products(dy, [kernel.T for kernel in kernels]), dkernels
 
 
-each_product.defvjp(lambda x, kernels: (each_product(x, kernels), (x, kernels)), _each_backward)
+_each_product = jax.custom_vjp(_each)
+_each_product.defvjp(_each_forward, _each_backward)
