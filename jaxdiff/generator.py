@@ -157,6 +157,7 @@ class Generator:
     def apply_fn(self, network: Network, params: Any) -> Callable[[Array, Array, Array], Any]:
         """(x, t, y) -> prediction, with the variance that is learned beside it."""
         channels = self.shape[-1]
+        network = network.clone(remat="none")  # nothing is kept here, and `hoist` does not see into remat's blocks
 
         def apply(x: Array, t: Array, y: Array) -> Any:
             out: Any = network.apply(params, x, self.process.network_time(t), y)

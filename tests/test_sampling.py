@@ -254,3 +254,20 @@ def test_grid_puts_images_row_by_row():
 def test_psnr():
     a = np.zeros((2, 4, 4, 3), np.float32)
     np.testing.assert_allclose(images.psnr(a, a + np.array([0.2, 0.02])[:, None, None, None]), [20, 40], rtol=1e-4)
+
+
+def test_samplers_compute_nothing_again(config, generator):
+    """Of a network that trains with remat: the parameters are the same, and its blocks are open to `hoist`."""
+    trained = ConfigDict(config.to_dict())
+    trained.model.remat = "blocks"
+    again = Generator(trained, (8, 8, 3), 10, mesh_of(1))
+    params = generator.abstract_params()
+    assert jax.tree.structure(again.abstract_params()) == jax.tree.structure(params)
+    x, t, y = jnp.zeros((2, 8, 8, 3)), jnp.zeros(2), jnp.zeros(2, jnp.int32)
+
+    def names(function):
+        return {eqn.primitive.name for eqn in jax.make_jaxpr(function)(params, x, t, y).eqns}
+
+    computed_again = names(again.network.apply) - names(generator.network.apply)
+    assert len(computed_again) == 1
+    assert not computed_again & names(lambda params, *args: again.apply_fn(again.network, params)(*args))

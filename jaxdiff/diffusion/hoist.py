@@ -14,7 +14,8 @@ GROWTH = 2  # what is more than so many times as large as what it is made of is 
 
 def hoist(function: Callable[..., Any], *examples: Any) -> Callable[..., Any]:
     """`function`, for arguments of the shapes and dtypes of `examples`, with all that does not depend on them computed
-    now: operations on what it closes over, but those whose results are larger than `GROWTH` times their inputs."""
+    now: operations on what it closes over, but those whose results are larger than `GROWTH` times their inputs, and
+    those inside of a loop, of a branch or of `jax.checkpoint`."""
     closed, out = jax.make_jaxpr(function, return_shape=True)(*examples)
     jaxpr, known = closed.jaxpr, set(closed.jaxpr.constvars)
     now: list[JaxprEqn] = []

@@ -99,15 +99,14 @@ def pieces_of(block: int, used: int, widths: Sequence[int]) -> Iterator[Piece]:
             start += size
 
 
-def each_place(blocks: Blocks, widths: Sequence[int], body: Callable[[list[Piece]], None]) -> None:
-    """Call `body` with the pieces of a block of threads; those whose pieces are the same are one program."""
-    count = sum(widths) // blocks.used
+def each_place(blocks: Blocks, widths: Sequence[int], body: Callable[[list[Piece], Any], None]) -> None:
+    """Call `body` with the pieces of a block of threads, and its number; blocks of the same pieces are one program."""
+    count, place = sum(widths) // blocks.used, pl.program_id(0)
     cuts = itertools.groupby(range(count), lambda block: list(pieces_of(block, blocks.used, widths)))
     for pieces, run in [(pieces, list(run)) for pieces, run in cuts]:
         if len(run) == count:
-            return body(pieces)
-        here = (pl.program_id(0) >= run[0]) & (pl.program_id(0) <= run[-1])
-        pl.when(here)(functools.partial(body, pieces))
+            return body(pieces, place)
+        pl.when((place >= run[0]) & (place <= run[-1]))(functools.partial(body, pieces, place))
 
 
 class Tiles:
@@ -116,14 +115,14 @@ class Tiles:
     What is said to be of [rows, columns], or of [columns], is a list of such arrays, one for each piece of the columns.
     """
 
-    def __init__(self, norm: Norm, blocks: Blocks, pieces: Sequence[Piece], positions: int):
+    def __init__(self, norm: Norm, blocks: Blocks, pieces: Sequence[Piece], place: Any, positions: int):
         self.norm, self.blocks, self.pieces, self.positions = norm, blocks, pieces, positions
         # Triton has a thread read as many at once as it knows to be neighbours.
         neighbours = [min(blocks.tuning.neighbours, piece.size) for piece in pieces]
         column = [jnp.arange(piece.size) for piece in pieces]
         column = [jax.lax.div(c, n) * n + jax.lax.rem(c, n) for c, n in zip(column, neighbours, strict=True)]
         self.column = [piece.start + c for piece, c in zip(pieces, column, strict=True)]
-        self.channel = [pl.program_id(0) * blocks.used + c for c in self.column]
+        self.channel = [place * blocks.used + c for c in self.column]
         self.ragged = positions % blocks.rows != 0
 
     def vector(self, ref: Any) -> list[Float[Array, " columns"]]:
@@ -238,9 +237,9 @@ def _forward(norm: Norm, blocks: Blocks, parts: tuple[Array, ...], offset: Array
     def group_norm_forward(*refs: Any) -> None:
         each_place(blocks, widths, functools.partial(body, refs))
 
-    def body(refs: Any, pieces: list[Piece]) -> None:
+    def body(refs: Any, pieces: list[Piece], place: Any) -> None:
         inputs, (p_ref, q_ref), (y_ref, mean_ref, inv_ref) = refs[:-5], refs[-5:-3], refs[-3:]
-        tiles = Tiles(norm, blocks, pieces, positions)
+        tiles = Tiles(norm, blocks, pieces, place, positions)
         shift = tiles.vector(inputs[count]) if offset is not None else [jnp.zeros(piece.size) for piece in pieces]
 
         def read(step: Any) -> list[Array]:
@@ -310,10 +309,10 @@ def _backward(
     def group_norm_backward(*refs: Any) -> None:
         each_place(blocks, widths, functools.partial(body, refs))
 
-    def body(refs: Any, pieces: list[Piece]) -> None:
+    def body(refs: Any, pieces: list[Piece], place: Any) -> None:
         refs_in, refs_out = refs[: len(inputs)], refs[len(inputs) :]
         dy_ref, others, x_refs = refs_in[0], refs_in[1 : 1 + len(kept)], refs_in[1 + len(kept) :][:count]
-        tiles = Tiles(norm, blocks, pieces, positions)
+        tiles = Tiles(norm, blocks, pieces, place, positions)
         scale, shift, mean, inv = (tiles.vector(ref) for ref in refs_in[-4:])
         if offset is not None:
             mean = over(jnp.subtract, mean, tiles.vector(refs_in[-5]))  # of the parts alone

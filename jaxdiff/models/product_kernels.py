@@ -15,10 +15,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 from jaxtyping import Array, Float
 
-from jaxdiff.models import splitting
+from jaxdiff.models import products, splitting
 from jaxdiff.models.products import Cut, reference
 
-SOURCE = zlib.crc32(pathlib.Path(__file__).read_bytes())
+SOURCE = [zlib.crc32(pathlib.Path(str(file)).read_bytes()) for file in (__file__, products.__file__)]
 
 
 def start(cut: Cut, block: Any, tile: Any, rows: int) -> Any:

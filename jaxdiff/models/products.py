@@ -62,9 +62,10 @@ def add_products(
 ) -> Float[Array, "batch *rest features"]:
     """residual + (sum of part @ kernel + bias); all but the bias of one dtype."""
     more_than_a_product = len(parts) > 1 or residual is not None
+    one_dtype = residual is None or residual.dtype == parts[0].dtype
     flat = tuple(part.reshape(len(part), -1, part.shape[-1]) for part in parts)
     other = None if residual is None else residual.reshape(len(residual), -1, residual.shape[-1])
-    if more_than_a_product and has_kernel(parts, kernels[0].shape[-1]):
+    if more_than_a_product and one_dtype and has_kernel(parts, kernels[0].shape[-1]):
         y = multiply(norm.INTERPRET, flat, tuple(kernels), bias, other)
     else:
         y = reference(flat, tuple(kernels), bias, other)

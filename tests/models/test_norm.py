@@ -51,7 +51,9 @@ def compute(function, settings, arguments, kept):
         (256, (64,), 32, True, True, 1),
         (36, (48,), 16, True, False, 0),  # as many rows as no tile has
         (64, (64, 32), 32, False, True, 2),  # a group has channels of both parts; 3 of each
-        (16, (20, 4), 4, True, True, 1),  # fewer channels than a tile has columns
+        (16, (20, 4), 4, True, True, 1),  # fewer channels than a block is wide
+        (20, (130, 62), 16, True, True, 2),  # blocks of one part, and of both, in pieces
+        (20, (40, 56, 32), 8, False, True, 0),
     ],
 )
 def test_kernels_are_the_reference(positions, widths, groups, offset, silu, kept):

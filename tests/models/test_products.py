@@ -95,6 +95,7 @@ def test_products_of_one_map(own, kernels, monkeypatch):
     monkeypatch.setattr(products, "HALF", [jnp.dtype(jnp.float32)] if own else [])
     x, matrices = draw("x", 64, 64, 128), tuple(draw(f"kernel{i}", 128, 128) / 8 for i in range(3))
     expected = with_gradients(lambda x, matrices: tuple(x @ m for m in matrices), (x, matrices))
+    assert ("custom_vjp" in str(jax.make_jaxpr(products.each_product)(x, matrices))) == own
     for a, b in zip(with_gradients(products.each_product, (x, matrices)), expected, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * np.abs(b).max())
 
@@ -220,6 +221,13 @@ def test_attention_is_the_same(qk_norm, kernels, monkeypatch):
     for a, b in zip(fast, jax.tree.leaves(gradient()), strict=True):
         a, b = (np.asarray(x, np.float32) for x in (a, b))
         assert np.linalg.norm(a - b) <= 0.02 * np.linalg.norm(b)
+
+
+def test_a_residual_of_another_dtype_is_left_to_xla(kernels):
+    parts, matrices = inputs(2, 4096, (64, 64), dtype="bfloat16")
+    residual = draw("residual", 2, 4096, 128)
+    y = jax.eval_shape(lambda *a: add_products(*a, None, residual), parts, matrices)
+    assert y.dtype == jnp.float32
 
 
 def test_kernel_is_for_large_maps_on_hopper(kernels, monkeypatch):

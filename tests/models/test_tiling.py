@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jaxdiff import images
-from jaxdiff.models import AutoencoderKL, decode_in_parts, decode_tiled
+from jaxdiff.models import AutoencoderKL, decode_in_parts, decode_tiled, norm
 from jaxdiff.models.tiling import tile_shares, tile_starts
 
 
@@ -36,6 +36,14 @@ def test_in_parts_the_images_are_the_same_and_the_memory_is_less(decode):
         out, less = compiled(lambda z, n=batch_size: decode_in_parts(decode, z, n), z)
         np.testing.assert_allclose(out, whole, atol=1e-6)
         assert batch_size == 100 or less < memory * (0.3 if batch_size == 1 else 0.6)
+
+
+def test_in_parts_with_kernels_of_our_own(decode, monkeypatch):
+    z = normal(3, 8, 8, 2)
+    whole = np.asarray(decode(z))
+    monkeypatch.setattr(norm, "has_kernel", lambda: True)
+    monkeypatch.setattr(norm, "INTERPRET", True)
+    np.testing.assert_allclose(jax.jit(lambda z: decode_in_parts(decode, z, 2))(z), whole, rtol=1e-4, atol=1e-4)
 
 
 def test_one_tile_is_the_whole_image(decode):
