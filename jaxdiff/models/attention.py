@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 from jaxdiff.models import forms
 from jaxdiff.models.layers import DEFAULT_KERNEL, ZEROS, Dtype, add_bias
 from jaxdiff.models.norm import GroupNorm
-from jaxdiff.models.products import add_products, each_product
+from jaxdiff.models.products import HALF, add_products, each_product
 
 
 def attention_kernel(dtype: Dtype, head_dim: int, q_len: int, kv_len: int) -> Literal["cudnn", "xla"]:
@@ -19,7 +19,7 @@ def attention_kernel(dtype: Dtype, head_dim: int, q_len: int, kv_len: int) -> Li
     cuDNN's flash kernel takes half precision and head sizes that are multiples of 8 up to 128. It tiles the
     sequence by 64, so shorter ones are left to XLA, which fuses them into two small matrix products.
     """
-    half = jnp.dtype(dtype) in (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16))
+    half = jnp.dtype(dtype) in HALF
     fits = head_dim % 8 == 0 and head_dim <= 128 and min(q_len, kv_len) >= 64
     return "cudnn" if forms.for_gpu() and half and fits else "xla"
 
