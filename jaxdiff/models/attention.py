@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxdiff.models import forms
-from jaxdiff.models.layers import DEFAULT_KERNEL, ZEROS, Dtype, add_bias
-from jaxdiff.models.norm import GroupNorm
+from jaxdiff.models.layers import DEFAULT_KERNEL, ZEROS, Dtype
+from jaxdiff.models.norm import GroupNorm, Map, Owing, add_bias
 from jaxdiff.models.products import HALF, add_products, each_product
 
 
@@ -79,10 +79,10 @@ class Output(nn.Module):
     @nn.compact
     def __call__(
         self, x: Float[Array, "batch n c"], offset: Float[Array, " c"], residual: Float[Array, "batch n features"]
-    ) -> Float[Array, "batch n features"]:
+    ) -> Owing:
         kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features))
         bias = self.param("bias", ZEROS, (self.features,)) + offset @ kernel
-        return add_products([x], [kernel.astype(self.dtype)], bias, residual)
+        return Owing(add_products([x], [kernel.astype(self.dtype)], jax.lax.stop_gradient(bias), residual), bias)
 
 
 class Attention(nn.Module):
@@ -104,12 +104,10 @@ class Attention(nn.Module):
     chunk: int = 0
 
     @nn.compact
-    def __call__(
-        self, x: Float[Array, "batch h w c"], context: Float[Array, "batch m e"] | None = None
-    ) -> Float[Array, "batch h w c"]:
-        b, height, width, c = x.shape
+    def __call__(self, x: Map, context: Float[Array, "batch m e"] | None = None) -> Owing:
+        h, (x,), _ = GroupNorm(self.norm_groups, self.eps, self.dtype, name="norm")((x,))
+        b, height, width, c = h.shape
         heads = self.num_heads or (c // self.head_dim if self.head_dim else 1)
-        h, (x,) = GroupNorm(self.norm_groups, self.eps, self.dtype, name="norm")((x,))
         h = h.reshape(b, height * width, c)
         if context is None:
             (q, q_bias), (k, k_bias), (v, v_bias) = Projections(c, 3, self.dtype, name="qkv")(h)
@@ -126,4 +124,5 @@ class Attention(nn.Module):
         h = attend(q, k, v, self.chunk).reshape(b, height * width, c)
         # The weights of a query sum to 1, so that the values' bias may as well come after them.
         proj = Output(c, self.dtype, ZEROS if self.zero_init else DEFAULT_KERNEL, name="proj")
-        return proj(h, v_bias, x.reshape(b, height * width, c)).reshape(b, height, width, c)
+        y, bias = proj(h, v_bias, x.reshape(b, height * width, c))
+        return Owing(y.reshape(b, height, width, c), bias)

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxdiff.models.attention import Attention
-from jaxdiff.models.layers import Conv3x3, Downsample, Dtype, ResBlock, Upsample
-from jaxdiff.models.norm import GroupNorm
+from jaxdiff.models.layers import Conv3x3, Downsample, Dtype, ResBlock, Upsample, owe
+from jaxdiff.models.norm import GroupNorm, Owing, settle
 
 NORM_EPS = 1e-6
 
@@ -42,18 +42,18 @@ class Encoder(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "batch h w 3"]) -> Float[Array, "batch hf wf 2z"]:
-        h = Conv3x3(self.channels, self.dtype, name="conv_in")(x)
+        h = owe(*Conv3x3(self.channels, self.dtype, bias_apart=True, name="conv_in")(x))
         for i, mult in enumerate(self.channel_mult):
             width = self.channels * mult
             for j in range(self.num_res_blocks):
-                h = _res(width, self.norm_groups, self.dtype, f"down{i}_res{j}")(h)
+                h, _ = _res(width, self.norm_groups, self.dtype, f"down{i}_res{j}")((h,))
                 if i in self.attention_levels:
                     h = _attention(self.norm_groups, self.dtype, f"down{i}_{j}_attn")(h)
             if i < len(self.channel_mult) - 1:
-                h = Downsample(width, self.dtype, padding=(0, 1), name=f"down{i}_resample")(h)
+                h = Downsample(width, self.dtype, padding=(0, 1), name=f"down{i}_resample")(settle(h))
         h = _middle(h, self.norm_groups, self.dtype)
-        h = _norm_act(h, self.norm_groups, self.dtype)
-        return Conv3x3(2 * self.latent_channels, self.dtype, form="few", name="conv_out")(h)
+        y = _norm_act(h, self.norm_groups, self.dtype)
+        return Conv3x3(2 * self.latent_channels, self.dtype, form="few", name="conv_out")(y)
 
 
 class Decoder(nn.Module):
@@ -69,18 +69,18 @@ class Decoder(nn.Module):
 
     @nn.compact
     def __call__(self, z: Float[Array, "batch hf wf z"]) -> Float[Array, "batch h w out"]:
-        h = Conv3x3(self.channels * self.channel_mult[-1], self.dtype, name="conv_in")(z)
+        h = owe(*Conv3x3(self.channels * self.channel_mult[-1], self.dtype, bias_apart=True, name="conv_in")(z))
         h = _middle(h, self.norm_groups, self.dtype)
         for i, mult in reversed(list(enumerate(self.channel_mult))):
             width = self.channels * mult
             for j in range(self.num_res_blocks + 1):
-                h = _res(width, self.norm_groups, self.dtype, f"up{i}_res{j}")(h)
+                h, _ = _res(width, self.norm_groups, self.dtype, f"up{i}_res{j}")((h,))
                 if i in self.attention_levels:
                     h = _attention(self.norm_groups, self.dtype, f"up{i}_{j}_attn")(h)
             if i > 0:
-                h = Upsample(width, self.dtype, name=f"up{i}_resample")(h)
-        h = _norm_act(h, self.norm_groups, self.dtype)
-        return Conv3x3(self.out_channels, self.dtype, form="few", name="conv_out")(h)
+                h = Upsample(width, self.dtype, name=f"up{i}_resample")(settle(h))
+        y = _norm_act(h, self.norm_groups, self.dtype)
+        return Conv3x3(self.out_channels, self.dtype, form="few", name="conv_out")(y)
 
 
 class AutoencoderKL(nn.Module):
@@ -142,13 +142,12 @@ def _attention(groups: int, dtype: Dtype, name: str) -> Attention:
     return Attention(0, dtype, zero_init=False, eps=NORM_EPS, norm_groups=groups, name=name)
 
 
-def _middle(h: Array, groups: int, dtype: Dtype) -> Array:
-    width = h.shape[-1]
-    h = _res(width, groups, dtype, "mid_res0")(h)
+def _middle(h: Owing, groups: int, dtype: Dtype) -> Owing:
+    width = h.x.shape[-1]
+    h, _ = _res(width, groups, dtype, "mid_res0")((h,))
     h = _attention(groups, dtype, "mid_attn")(h)
-    return _res(width, groups, dtype, "mid_res1")(h)
+    return _res(width, groups, dtype, "mid_res1")((h,))[0]
 
 
-def _norm_act(h: Array, groups: int, dtype: Dtype) -> Array:
-    h, _ = GroupNorm(groups, NORM_EPS, dtype, silu=True, name="norm_out")((h,))
-    return h
+def _norm_act(h: Owing, groups: int, dtype: Dtype) -> Array:
+    return GroupNorm(groups, NORM_EPS, dtype, silu=True, name="norm_out")((h,))[0]

@@ -28,7 +28,7 @@ class PatchDiscriminator(nn.Module):
             stride, width = 2 if i < self.layers else 1, self.channels * min(2**i, 8)
             h = nn.Conv(width, (4, 4), stride, padding=1, dtype=self.dtype, kernel_init=init, name=f"conv{i}")(h)
             if i:
-                h, _ = GroupNorm(32, 1e-5, self.dtype, name=f"norm{i}")((h,))
+                h, *_ = GroupNorm(32, 1e-5, self.dtype, name=f"norm{i}")((h,))
             h = nn.leaky_relu(h, 0.2)
         h = nn.Conv(1, (4, 4), padding=1, kernel_init=init, name="conv_out")(h.astype(jnp.float32))
         return h[..., 0]

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxdiff.models import forms
-from jaxdiff.models.norm import GroupNorm
+from jaxdiff.models.norm import GroupNorm, Map, Owing, add_bias
 from jaxdiff.models.products import add_products
 
 Dtype = Any
@@ -34,19 +34,20 @@ def timestep_embedding(
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
 
-def add_bias(x: Float[Array, "*rest c"], bias: Float[Array, " c"]) -> Float[Array, "*rest c"]:
-    """Their sum, of the dtype of x."""
-    return x + bias.astype(x.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
+def owe(x: Float[Array, "*rest c"], bias: Float[Array, " c"]) -> Owing:
+    """x + bias, whose gradient for the bias comes from whoever uses it."""
+    return Owing(add_bias(x, jax.lax.stop_gradient(bias)), bias)
 
 
 def convolve(
     x: Float[Array, "batch h w c"],
     kernel: Float[Array, "k1 k2 c features"],
     padding: Sequence[tuple[int, int]] = ((1, 1), (1, 1)),
+    stride: int = 1,
 ) -> Float[Array, "batch h2 w2 features"]:
-    """Convolution of stride 1, in the dtype of x."""
-    layout = ("NHWC", "HWIO", "NHWC")
-    return jax.lax.conv_general_dilated(x, kernel.astype(x.dtype), (1, 1), padding, dimension_numbers=layout)
+    """Convolution, in the dtype of x."""
+    layout, strides = ("NHWC", "HWIO", "NHWC"), (stride, stride)
+    return jax.lax.conv_general_dilated(x, kernel.astype(x.dtype), strides, padding, dimension_numbers=layout)
 
 
 def upsample_convolve(
@@ -82,9 +83,16 @@ def project_convolve(
     return jax.lax.optimization_barrier(functools.reduce(jnp.add, shifted))
 
 
-Form = Literal["plain", "up", "few"]
+def strided(padding: tuple[int, int]) -> Callable[[Array, Array], Array]:
+    """Convolution of stride 2, with this padding before and after rows and columns."""
+    return functools.partial(convolve, padding=[padding] * 2, stride=2)
+
+
+Form = Literal["plain", "down", "down_after", "up", "few"]
 FORMS: dict[str, tuple[Callable[[Array, Array], Array], Callable[[Array, Array], Array]]] = {  # fast, plain
     "plain": (convolve, convolve),
+    "down": (strided((1, 1)), strided((1, 1))),
+    "down_after": (strided((0, 1)), strided((0, 1))),
     "up": (upsample_convolve, lambda x, kernel: convolve(upsample(x), kernel)),
     "few": (project_convolve, lambda x, kernel: convolve(x.astype(jnp.float32), kernel)),
 }
@@ -94,7 +102,8 @@ class Conv3x3(nn.Module):
     """3x3 convolution with padding 1, zero-initialised on demand, of parameters `kernel` and `bias`.
 
     Attributes:
-      form: "plain"; "up" = of the image upsampled by 2; "few" = float32 of few features, see `project_convolve`.
+      form: "plain"; "down" = with stride 2; "down_after" = so, and padded on the bottom and on the right alone; "up" =
+        of the image upsampled by 2; "few" = float32 of few features, see `project_convolve`.
       bias_apart: returns (without bias, bias), for a norm that adds it.
     """
 
@@ -150,7 +159,7 @@ def average_pool(x: Float[Array, "batch h w c"]) -> Float[Array, "batch h//2 w//
 class ResBlock(nn.Module):
     """Residual block: norm, SiLU, conv, norm (scaled and shifted by the embedding), SiLU, dropout, conv.
 
-    Of a map, or of several as if they were concatenated.
+    Of one map, or of several as if they were concatenated. These are returned too, for whoever else uses them.
     `resample` is "", "up" or "down": both branches are resampled by 2 before the first convolution (BigGAN, ADM).
     Without `emb` the second norm is a plain one (the autoencoder's block).
     Source: Dhariwal & Nichol 2021 (arXiv 2105.05233), section 3; scale-shift norm: its section 3.1 (AdaGN).
@@ -168,14 +177,14 @@ class ResBlock(nn.Module):
     @nn.compact
     def __call__(
         self,
-        x: Float[Array, "batch h w c"] | tuple[Float[Array, "batch h w _"], ...],
+        x: Sequence[Map],
         emb: Float[Array, "batch d"] | None = None,
         deterministic: bool = True,
-    ) -> Float[Array, "batch h2 w2 features"]:
+    ) -> tuple[Owing, list[Float[Array, "batch h w _"]]]:
         def norm(name: str) -> GroupNorm:
             return GroupNorm(self.norm_groups, self.eps, self.dtype, silu=True, name=name)
 
-        h, parts = norm("norm_in")(x if isinstance(x, tuple) else (x,))
+        h, parts, seen = norm("norm_in")(x)
         if self.resample == "down":
             h = average_pool(h)
         if self.resample:
@@ -191,13 +200,16 @@ class ResBlock(nn.Module):
                 scale, shift = jnp.split(e, 2, axis=-1)
             else:
                 offset = offset + e
-        h, _ = norm("norm_out")((h,), offset, scale, shift)
+        h, *_ = norm("norm_out")((h,), offset, scale, shift)
         h = nn.Dropout(self.dropout, deterministic=deterministic)(h)
         h, bias = Conv3x3(self.features, self.dtype, zero=self.zero_init, bias_apart=True, name="conv_out")(h)
         if sum(part.shape[-1] for part in parts) == self.features:
-            return jnp.concatenate(parts, axis=-1) + add_bias(h, bias)
-        skip, skip_bias = Conv1x1(self.features, self.dtype, name="skip")(parts)
-        return skip + add_bias(h, bias + skip_bias)  # what cuDNN's convolutions add themselves: a vector, and a map
+            skip = jnp.concatenate(parts, axis=-1)
+        else:
+            skip, skip_bias = Conv1x1(self.features, self.dtype, name="skip")(parts)
+            bias = bias + skip_bias
+        # What cuDNN's convolutions add themselves: a vector, and a map.
+        return Owing(skip + add_bias(h, jax.lax.stop_gradient(bias)), bias), seen
 
 
 class Downsample(nn.Module):
@@ -208,9 +220,9 @@ class Downsample(nn.Module):
     padding: tuple[int, int] = (1, 1)
 
     @nn.compact
-    def __call__(self, x: Float[Array, "batch h w c"]) -> Float[Array, "batch h//2 w//2 features"]:
-        pad = (self.padding, self.padding)
-        return nn.Conv(self.features, (3, 3), strides=2, padding=pad, dtype=self.dtype, name="conv")(x)
+    def __call__(self, x: Float[Array, "batch h w c"]) -> Owing:
+        form: Form = "down" if self.padding == (1, 1) else "down_after"
+        return owe(*Conv3x3(self.features, self.dtype, form=form, bias_apart=True, name="conv")(x))
 
 
 class Upsample(nn.Module):
@@ -220,8 +232,8 @@ class Upsample(nn.Module):
     dtype: Dtype
 
     @nn.compact
-    def __call__(self, x: Float[Array, "batch h w c"]) -> Float[Array, "batch 2*h 2*w features"]:
-        return Conv3x3(self.features, self.dtype, form="up", name="conv")(x)
+    def __call__(self, x: Float[Array, "batch h w c"]) -> Owing:
+        return owe(*Conv3x3(self.features, self.dtype, form="up", bias_apart=True, name="conv")(x))
 
 
 def count_params(params: Any) -> int:

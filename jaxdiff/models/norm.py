@@ -2,6 +2,7 @@
 
 import functools
 import importlib.util
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -31,6 +32,40 @@ class Norm(NamedTuple):
     interpret: bool = False
 
 
+class Owing(NamedTuple):
+    """A map, and the bias [C] that has been added to it as a constant.
+
+    The bias's gradient, a sum over all positions of the map's, is left to `settle`, or to a norm, which computes it
+    beside its own. It is whole only if all who use the map take what that one returns.
+    """
+
+    x: Float[Array, "*rest c"]
+    bias: Float[Array, " c"]
+
+
+Map = Float[Array, "*rest c"] | Owing
+
+
+def add_bias(x: Float[Array, "*rest c"], bias: Float[Array, " c"]) -> Float[Array, "*rest c"]:
+    """Their sum, of the dtype of x."""
+    return x + bias.astype(x.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
+
+
+@jax.custom_jvp
+def _pay(x: Array, bias: Array) -> Array:
+    return x
+
+
+@_pay.defjvp
+def _(primals: Any, tangents: Any) -> Any:
+    return primals[0], add_bias(*tangents)
+
+
+def settle(x: Map) -> Float[Array, "*rest c"]:
+    """The map, with the gradient of the bias that it may owe."""
+    return _pay(*x) if isinstance(x, Owing) else x
+
+
 @functools.cache
 def has_kernel() -> bool:
     """Whether norms run as kernels of our own: on NVIDIA GPUs since Ampere, unless `forms.plain`."""
@@ -43,7 +78,8 @@ class GroupNorm(nn.Module):
     """act((1 + scale) GroupNorm(concatenated parts + offset) + shift), and the parts again.
 
     There are `groups` groups, or the largest divisor of both where that does not divide the channels. Who uses the
-    parts besides takes the returned ones: their gradients are then added up where the norm's own are computed.
+    parts besides takes the returned ones, of which there are two for two uses: their gradients are then added up where
+    the norm's own are computed, and what a part owes is settled there.
     Statistics are float32. Source: Wu & He 2018 (arXiv 1803.08494).
 
     Attributes: silu: whether act is SiLU; else it is the identity. dtype: of the result.
@@ -57,12 +93,14 @@ class GroupNorm(nn.Module):
     @nn.compact
     def __call__(
         self,
-        parts: Sequence[Float[Array, "batch h w _"]],
+        parts: Sequence[Map],
         offset: Float[Array, "#batch c"] | None = None,
         scale: Float[Array, "batch c"] | None = None,
         shift: Float[Array, "batch c"] | None = None,
-    ) -> tuple[Float[Array, "batch h w c"], list[Float[Array, "batch h w _"]]]:
-        channels, (b, h, w, _) = sum(part.shape[-1] for part in parts), parts[0].shape
+    ) -> tuple[Float[Array, "batch h w c"], list[Float[Array, "batch h w _"]], list[Float[Array, "batch h w _"]]]:
+        owed = tuple(part.bias if isinstance(part, Owing) else None for part in parts)
+        maps = [part.x if isinstance(part, Owing) else part for part in parts]
+        channels, (b, h, w, _) = sum(x.shape[-1] for x in maps), maps[0].shape
         gamma = self.param("scale", nn.initializers.ones_init(), (channels,))
         beta = self.param("bias", nn.initializers.zeros_init(), (channels,))
         p, q = gamma[None], beta[None]
@@ -72,18 +110,26 @@ class GroupNorm(nn.Module):
         if offset is not None:
             offset = offset.astype(jnp.float32)
         norm = Norm(math.gcd(self.groups, channels), self.eps, self.silu, jnp.dtype(self.dtype), INTERPRET)
-        flat = tuple(part.reshape(b, h * w, -1) for part in parts)
-        y, flat = (normalise if has_kernel() else reference)(norm, flat, offset, p, q)
-        return y.reshape(b, h, w, channels), [part.reshape(b, h, w, -1) for part in flat]
+        flat = tuple(x.reshape(b, h * w, -1) for x in maps)
+        y, *uses = (normalise if has_kernel() else reference)(norm, flat, offset, p, q, owed)
+        own, others = ([x.reshape(b, h, w, -1) for x in use] for use in uses)
+        return y.reshape(b, h, w, channels), own, others
 
 
 def reference(
-    norm: Norm, parts: tuple[Array, ...], offset: Array | None, p: Float[Array, "#b c"], q: Float[Array, "#b c"]
-) -> tuple[Float[Array, "b n c"], tuple[Array, ...]]:
-    """act(p x + q) of the normalised concatenation [B, N, C] plus offset, and the parts; left to XLA.
+    norm: Norm,
+    parts: tuple[Array, ...],
+    offset: Array | None,
+    p: Float[Array, "#b c"],
+    q: Float[Array, "#b c"],
+    owed: tuple[Array | None, ...] = (),
+) -> tuple[Float[Array, "b n c"], tuple[Array, ...], tuple[Array, ...]]:
+    """act(p x + q) of the normalised concatenation [B, N, C] plus offset, and the parts twice; left to XLA.
 
-    Offset, p and q are [B, C], or [1, C] for all images.
+    Offset, p and q are [B, C], or [1, C] for all images; `owed` is () or what each part owes, if it does.
     """
+    if owed:
+        parts = tuple(x if bias is None else _pay(x, bias) for x, bias in zip(parts, owed, strict=True))
     x = jnp.concatenate(parts, axis=-1).astype(jnp.float32)
     if offset is not None:
         x = x + offset[:, None]
@@ -93,39 +139,50 @@ def reference(
     inv = jax.lax.rsqrt(jnp.maximum(variance, 0.0) + norm.eps)
     mean, inv = (jnp.repeat(a, grouped.shape[-1], axis=1) for a in (mean, inv))
     y = (x - mean[:, None]) * (inv * p)[:, None] + q[:, None]
-    return (nn.silu(y) if norm.silu else y).astype(norm.dtype), parts
+    return (nn.silu(y) if norm.silu else y).astype(norm.dtype), parts, parts
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def normalise(
-    norm: Norm, parts: tuple[Array, ...], offset: Array | None, p: Float[Array, "#b c"], q: Float[Array, "#b c"]
-) -> tuple[Float[Array, "b n c"], tuple[Array, ...]]:
+    norm: Norm,
+    parts: tuple[Array, ...],
+    offset: Array | None,
+    p: Float[Array, "#b c"],
+    q: Float[Array, "#b c"],
+    owed: tuple[Array | None, ...] = (),
+) -> tuple[Float[Array, "b n c"], tuple[Array, ...], tuple[Array, ...]]:
     """`reference` by the kernels of `jaxdiff.models.norm_kernels`."""
     from jaxdiff.models import norm_kernels  # Pallas takes a second to import
 
-    return norm_kernels.forward(norm, parts, offset, p, q)[0], parts
+    return norm_kernels.forward(norm, parts, offset, p, q)[0], parts, parts
 
 
 def _forward(norm: Norm, *primals: Any) -> Any:
     from jaxdiff.models import norm_kernels
 
-    inputs = jax.tree.map(lambda a: a.value, primals, is_leaf=lambda a: isinstance(a, CustomVJPPrimal))
+    *inputs, owed = jax.tree.map(lambda a: a.value, primals, is_leaf=lambda a: isinstance(a, CustomVJPPrimal))
     y, mean, inv = norm_kernels.forward(norm, *inputs)
-    return (y, inputs[0]), (*inputs, mean, inv)
+    return (y, inputs[0], inputs[0]), (*inputs, mean, inv, owed)
 
 
 def _backward(norm: Norm, saved: Any, gradients: Any) -> Any:
     from jaxdiff.models import norm_kernels
 
-    parts, offset, *rest = saved
-    dy, kept = gradients
-    if all(isinstance(gradient, SymbolicZero) for gradient in kept):
-        kept = ()  # nothing else uses the parts
-    dy, *kept = (jnp.zeros(g.shape, g.dtype) if isinstance(g, SymbolicZero) else g for g in (dy, *kept))
-    out = norm_kernels.backward(norm, dy, kept, parts, offset, *rest)
-    n, vectors = len(parts), [a for a in (offset, *rest[:2]) if a is not None]
-    sums = [g if v.shape == g.shape else g.sum(axis=0, keepdims=True) for g, v in zip(out[n:], vectors, strict=True)]
-    return tuple(out[:n]), *([] if offset is not None else [None]), *sums
+    parts, offset, p, q, mean, inv, owed = saved
+    dy, *uses = jax.tree.map(lambda g: None if isinstance(g, SymbolicZero) else g, gradients)
+    if dy is None:
+        dy = jnp.zeros(gradients[0].shape, gradients[0].dtype)
+    kept = [use for use in uses if any(g is not None for g in use)]
+    total = any(bias is not None for bias in owed)
+    out = norm_kernels.backward(norm, dy, kept, parts, offset, p, q, mean, inv, total)
+    vectors = [a for a in (offset, p, q) if a is not None]
+    each = zip(out[-len(vectors) :], vectors, strict=True)
+    sums = [g if v.shape == g.shape else g.sum(axis=0, keepdims=True) for g, v in each]
+    if total:
+        ends = list(itertools.accumulate(part.shape[-1] for part in parts))[:-1]
+        paid = jnp.split(out[len(parts)].sum(axis=0), ends)
+        owed = tuple(None if b is None else g.astype(b.dtype) for b, g in zip(owed, paid, strict=True))
+    return tuple(out[: len(parts)]), *([] if offset is not None else [None]), *sums, owed
 
 
 normalise.defvjp(_forward, _backward, symbolic_zeros=True)

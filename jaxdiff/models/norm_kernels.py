@@ -143,6 +143,9 @@ class Tiles:
         for piece, channel in zip(self.pieces, self.channel, strict=True):
             ref, low = (refs[piece.number], piece.low) if isinstance(refs, list | tuple) else (refs, 0)
             at, mask = rows[:, None], None
+            if ref is None:
+                yield None, None
+                continue
             if self.ragged:
                 mask = jnp.broadcast_to((rows < self.positions)[:, None], (len(rows), piece.size))
                 if self.norm.interpret:
@@ -150,10 +153,15 @@ class Tiles:
                     at = jnp.where(mask, at, jnp.iinfo(jnp.int32).max)
             yield ref.at[at, (channel - low)[None, :]], mask
 
-    def load(self, refs: Any, step: Any) -> list[Float[Array, "rows columns"]]:
-        """The tile of `step` of parts `refs` [N, C_i], or of a single [N, C]; zero outside of the positions."""
-        places = self._places(refs, step)
-        return [triton.load(ref, mask=mask, other=None if mask is None else 0.0) for ref, mask in places]
+    def load(self, refs: Any, step: Any) -> list[Any]:
+        """The tile of `step` of parts `refs` [N, C_i], or of a single [N, C]; zero outside of the positions.
+
+        None for pieces of parts whose ref is None.
+        """
+        return [
+            None if ref is None else triton.load(ref, mask=mask, other=None if mask is None else 0.0)
+            for ref, mask in self._places(refs, step)
+        ]
 
     def store(self, refs: Any, step: Any, values: Sequence[Float[Array, "rows columns"]]) -> None:
         """Write that, in the dtypes of `refs`."""
@@ -165,7 +173,7 @@ class Tiles:
     ) -> tuple[list[list[Float[Array, " columns"]]], Callable[[Any], Any]]:
         """Sums over all positions of the `count` `quantities(step, read(step))`, and what to read with from now on.
 
-        Where there is but one tile it is kept, and not read again.
+        `quantities` may write as well. Where there is but one tile it is kept, and not read again.
         """
         if self.steps == 1:
             tile = read(0)
@@ -176,13 +184,6 @@ class Tiles:
 
         zeros = [[jnp.zeros((self.blocks.rows, piece.size), jnp.float32) for piece in self.pieces]] * count
         return jax.tree.map(lambda total: total.sum(axis=0), self._loop(read, add, zeros)), read
-
-    def each(self, read: Callable[[Any], Any], write: Callable[[Any, Any], None]) -> None:
-        """Call `write(step, read(step))` for all steps."""
-        if self.steps == 1:
-            write(0, read(0))
-        else:
-            self._loop(read, lambda step, tile, _: write(step, tile), None)
 
     def _loop(self, read: Callable[[Any], Any], body: Callable[[Any, Any, Any], Any], carry: Any) -> Any:
         """`carry = body(step, read(step), carry)` for all steps; the next tile is read while one is worked on."""
@@ -262,7 +263,12 @@ def _forward(norm: Norm, blocks: Blocks, parts: tuple[Array, ...], offset: Array
         tiles.store_vector(inv_ref, inv)
         slope = over(jnp.multiply, inv, tiles.vector(p_ref))
         constant = over(lambda q, s, m, a: q + (s - m) * a, tiles.vector(q_ref), shift, mean, slope)
-        tiles.each(read_again, lambda step, tile: tiles.store(y_ref, step, over(scaled, tile, slope, constant)))
+
+        def write(step: Any, tile: list[Array]) -> list[list[Array]]:
+            tiles.store(y_ref, step, over(scaled, tile, slope, constant))
+            return []
+
+        tiles.sums(read_again, write, 0)
 
     stats = jax.ShapeDtypeStruct((batch, sum(widths)), jnp.float32)
     y = jax.ShapeDtypeStruct((batch, positions, sum(widths)), norm.dtype)
@@ -273,29 +279,32 @@ def _forward(norm: Norm, blocks: Blocks, parts: tuple[Array, ...], offset: Array
 def backward(
     norm: Norm,
     dy: Array,
-    kept: Sequence[Array],
+    kept: Sequence[Sequence[Array | None]],
     parts: Sequence[Array],
     offset: Array | None,
     p: Array,
     q: Array,
     mean: Array,
     inv: Array,
+    total: bool = False,
 ) -> list[Array]:
     """Gradients of the parts, and of each image for the offset, where there is one, and for p and q.
 
-    `kept` (none or as many as parts) are the gradients of other uses of the parts, and are added.
+    `kept` has, of each other use of the parts, their gradients, which are added. With `total` the sums over the
+    positions of the parts' gradients are next to these, [B, C].
     """
     _, positions, channels = dy.shape
     blocks = cut(positions, channels, norm.groups, backward=True)
-    return _backward(norm, blocks, dy, tuple(kept), tuple(parts), offset, p, q, mean, inv)
+    return _backward(norm, blocks, total, dy, tuple(map(tuple, kept)), tuple(parts), offset, p, q, mean, inv)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _backward(
     norm: Norm,
     blocks: Blocks,
+    total: bool,
     dy: Array,
-    kept: tuple[Array, ...],
+    kept: tuple[tuple[Array | None, ...], ...],
     parts: tuple[Array, ...],
     offset: Array | None,
     p: Array,
@@ -311,7 +320,8 @@ def _backward(
 
     def body(refs: Any, pieces: list[Piece], place: Any) -> None:
         refs_in, refs_out = refs[: len(inputs)], refs[len(inputs) :]
-        dy_ref, others, x_refs = refs_in[0], refs_in[1 : 1 + len(kept)], refs_in[1 + len(kept) :][:count]
+        dy_ref, x_refs, others = refs_in[0], refs_in[1 : 1 + count], iter(refs_in[1 + count :])
+        kept_refs = [[None if part is None else next(others) for part in use] for use in kept]
         tiles = Tiles(norm, blocks, pieces, place, positions)
         scale, shift, mean, inv = (tiles.vector(ref) for ref in refs_in[-4:])
         if offset is not None:
@@ -338,8 +348,8 @@ def _backward(
         def products(step: Any, tile: Any) -> list[list[Array]]:
             x, du = x_and_du(tile)
             x = over(lambda x, mean, inv: (x - mean[None, :]) * inv[None, :], x, mean, inv)
-            total = [list(du), over(jnp.multiply, du, x)]
-            return total if offset is None else [*total, over(functools.partial(tiles.mask_rows, step), x)]
+            both = [list(du), over(jnp.multiply, du, x)]
+            return both if offset is None else [*both, over(functools.partial(tiles.mask_rows, step), x)]
 
         (dq, dp, *normalised), read_again = tiles.sums(read, products, 2 if offset is None else 3)
         tiles.store_vector(refs_out[-2], dp)
@@ -355,20 +365,25 @@ def _backward(
         def gradient(x: Array, du: Array, slope: Array, across: Array, rest: Array) -> Array:
             return du * slope[None, :] - (x * across[None, :] + rest[None, :])
 
-        def write(step: Any, tile: Any) -> None:
+        def write(step: Any, tile: Any) -> list[list[Array]]:
             dx = over(gradient, *x_and_du(tile), slope, across, rest)
-            if kept:
-                dx = over(lambda dx, other: dx + other.astype(jnp.float32), dx, tiles.load(others, step))
+            for use in kept_refs:
+                dx = over(lambda dx, g: dx if g is None else dx + g.astype(jnp.float32), dx, tiles.load(use, step))
             tiles.store(refs_out[:count], step, dx)
+            return [over(functools.partial(tiles.mask_rows, step), dx)] if total else []
 
         # The last tiles first: they may still be in the cache. (Forward, where there is half as much, it does not pay.)
         last = tiles.steps - 1
-        tiles.each(lambda step: read_again(last - step), lambda step, tile: write(last - step, tile))
+        sums, _ = tiles.sums(
+            lambda step: read_again(last - step), lambda step, tile: write(last - step, tile), 1 if total else 0
+        )
+        if total:
+            tiles.store_vector(refs_out[count], sums[0])
 
     stats = jax.ShapeDtypeStruct((batch, channels), jnp.float32)
-    inputs = [dy, *kept, *parts, *([] if offset is None else [offset]), p, q, mean, inv]
+    inputs = [dy, *parts, *jax.tree.leaves(kept), *([] if offset is None else [offset]), p, q, mean, inv]
     outputs = [jax.ShapeDtypeStruct(part.shape, part.dtype) for part in parts]
-    return _call(group_norm_backward, norm, blocks, inputs, outputs + [stats] * (2 + (offset is not None)))
+    return _call(group_norm_backward, norm, blocks, inputs, outputs + [stats] * (2 + total + (offset is not None)))
 
 
 def _call(

@@ -17,9 +17,10 @@ from jaxdiff.models.layers import (
     ResBlock,
     Upsample,
     average_pool,
+    owe,
     timestep_embedding,
 )
-from jaxdiff.models.norm import GroupNorm
+from jaxdiff.models.norm import GroupNorm, Owing, settle
 
 
 def keep_products(primitive: Any, *args: Any, **params: Any) -> bool:
@@ -106,51 +107,55 @@ class UNet(nn.Module):
             heads = {"num_heads": self.num_heads, "qk_norm": self.qk_norm, "chunk": self.attention_chunk}
             return attention_block(self.head_dim, self.dtype, **heads, **norm, name=name)
 
-        def attend(h: Array, name: str) -> Array:
+        def attend(h: Owing, name: str) -> Owing:
             h = attention(f"{name}_attn")(h)
             return h if context is None else attention(f"{name}_cross")(h, context)
 
         widths = [round(self.channels * m) for m in self.channel_mult]
         last = len(widths) - 1
-        h = Conv3x3(widths[0], self.dtype, name="conv_in")(x)
-        skips, maps = [h], []
+        h = owe(*Conv3x3(widths[0], self.dtype, bias_apart=True, name="conv_in")(x))
+        skips, maps = [], []  # as whoever comes next has seen them: what they owe is settled there
+
+        def down(features: int, name: str, resample: str = "") -> Owing:
+            out, (seen,) = res(features, name, resample)((h,), emb, deterministic)
+            skips.append(seen)
+            return out
+
         for i, width in enumerate(widths):
             for j in range(self.num_res_blocks):
-                h = res(width, f"down{i}_res{j}")(h, emb, deterministic)
-                if h.shape[1] in self.attention_resolutions:
+                h = down(width, f"down{i}_res{j}")
+                if h.x.shape[1] in self.attention_resolutions:
                     h = attend(h, f"down{i}_{j}")
-                skips.append(h)
-            maps.append(h)
-            if i < last:
-                if self.resblock_updown:
-                    h = res(width, f"down{i}_resample", "down")(h, emb, deterministic)
-                else:
-                    padding = (self.downsample_padding, 1)
-                    h = Downsample(width, self.dtype, padding, name=f"down{i}_resample")(h)
-                skips.append(h)
+            if i == last:
+                h = down(widths[-1], "mid_res0")
+            elif self.resblock_updown:
+                h = down(width, f"down{i}_resample", "down")
+            else:
+                skips.append(settle(h))
+                padding = (self.downsample_padding, 1)
+                h = Downsample(width, self.dtype, padding, name=f"down{i}_resample")(skips[-1])
+            maps.append(skips[-1])
 
-        h = res(widths[-1], "mid_res0")(h, emb, deterministic)
         if self.mid_attention:
             h = attend(h, "mid")
-        h = res(widths[-1], "mid_res1")(h, emb, deterministic)
+        h, _ = res(widths[-1], "mid_res1")((h,), emb, deterministic)
         tokens = self.level_tokens(maps) if self.cross_resolution else None
 
         for i, width in reversed(list(enumerate(widths))):
             for j in range(self.num_res_blocks + 1):
-                h = res(width, f"up{i}_res{j}")((h, skips.pop()), emb, deterministic)
-                if h.shape[1] in self.attention_resolutions:
+                h, _ = res(width, f"up{i}_res{j}")((h, skips.pop()), emb, deterministic)
+                if h.x.shape[1] in self.attention_resolutions:
                     h = attend(h, f"up{i}_{j}")
-            if h.shape[1] in self.cross_resolution:
+            if h.x.shape[1] in self.cross_resolution:
                 h = attention(f"up{i}_levels")(h, tokens)
-            if i > 0:
-                if self.resblock_updown:
-                    h = res(width, f"up{i}_resample", "up")(h, emb, deterministic)
-                else:
-                    h = Upsample(width, self.dtype, name=f"up{i}_resample")(h)
+            if i > 0 and self.resblock_updown:
+                h, _ = res(width, f"up{i}_resample", "up")((h,), emb, deterministic)
+            elif i > 0:
+                h = Upsample(width, self.dtype, name=f"up{i}_resample")(settle(h))
 
         # The last convolution's result is float32: the sampler would add up bfloat16's rounding of eps.
-        h, _ = GroupNorm(self.norm_groups, self.norm_eps, self.dtype, silu=True, name="norm_out")((h,))
-        return Conv3x3(self.out_channels, self.dtype, zero=True, form="few", name="conv_out")(h)
+        y, *_ = GroupNorm(self.norm_groups, self.norm_eps, self.dtype, silu=True, name="norm_out")((h,))
+        return Conv3x3(self.out_channels, self.dtype, zero=True, form="few", name="conv_out")(y)
 
     def level_tokens(self, maps: Sequence[Array]) -> Float[Array, "batch m c"]:
         """Each level's last map before the middle, pooled to the lowest's grid and projected to its width c: tokens.

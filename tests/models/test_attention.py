@@ -7,6 +7,7 @@ import pytest
 
 from jaxdiff.models import UNet
 from jaxdiff.models.attention import Attention, attend
+from jaxdiff.models.norm import Owing, add_bias
 from jaxdiff.models.unet import REMAT
 from jaxdiff.training.flops import jaxpr_flops
 
@@ -108,7 +109,9 @@ def test_attention_across_levels():
     @jax.jit
     def apply(params):
         captured = across.apply({"params": params}, x, t, capture_intermediates=True)[1]["intermediates"]
-        return {name: captured[name]["__call__"][0] for name in added | {"conv_in", "down0_resample", "up0_res0"}}
+        found = {name: captured[name]["__call__"][0] for name in added | {"conv_in", "down0_resample", "up0_res0"}}
+        found |= {"conv_in": add_bias(*found["conv_in"]), "up0_res0": found["up0_res0"][0]}
+        return {name: out.x if isinstance(out, Owing) else out for name, out in found.items()}
 
     seen = jax.tree.map(np.asarray, apply(params))
     pooled = seen["conv_in"].reshape(2, 4, 2, 4, 2, 8).mean(axis=(2, 4)).reshape(2, 16, 8)
@@ -135,7 +138,7 @@ def test_normalised_queries_and_keys():
     @jax.jit
     def apply(params):
         out, captured = block.apply({"params": params}, x, capture_intermediates=True)
-        return out, [captured["intermediates"][name]["__call__"][0] for name in ("norm_q", "norm_k")]
+        return out.x, [captured["intermediates"][name]["__call__"][0] for name in ("norm_q", "norm_k")]
 
     out, normed = jax.tree.map(np.asarray, apply(params))
     for name, values in zip(("norm_q", "norm_k"), normed, strict=True):
@@ -145,4 +148,4 @@ def test_normalised_queries_and_keys():
     sharper = params | {"norm_q": {"scale": 10 * params["norm_q"]["scale"]}}
     assert jnp.abs(apply(sharper)[0] - out).max() > 1e-3
     half = jax.eval_shape(Attention(8, jnp.bfloat16, qk_norm=True).apply, {"params": params}, x.astype(jnp.bfloat16))
-    assert half.dtype == jnp.bfloat16
+    assert half.x.dtype == jnp.bfloat16

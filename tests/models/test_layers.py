@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from jaxdiff.errors import ConfigError
-from jaxdiff.models.layers import Conv1x1, Conv3x3, add_bias, convolve, project_convolve, upsample, upsample_convolve
+from jaxdiff.models.layers import Conv1x1, Conv3x3, convolve, project_convolve, upsample, upsample_convolve
+from jaxdiff.models.norm import add_bias
 
 KEY = jax.random.key(0, impl="rbg")
 

@@ -13,7 +13,7 @@ from jaxdiff import mesh as meshes
 from jaxdiff import startup
 from jaxdiff.models import norm, norm_kernels
 from jaxdiff.models.layers import ResBlock
-from jaxdiff.models.norm import GroupNorm, Norm, normalise, reference
+from jaxdiff.models.norm import GroupNorm, Norm, Owing, add_bias, normalise, reference, settle
 from jaxdiff.models.unet import REMAT
 
 KEY = jax.random.key(0, impl="rbg")
@@ -23,42 +23,44 @@ def draw(name, *shape, dtype="float32"):
     return jax.random.normal(jax.random.fold_in(KEY, sum(map(ord, name))), shape).astype(dtype)
 
 
-def inputs(batch, positions, widths, offset, dtype="float32"):
+def inputs(batch, positions, widths, offset, dtype="float32", owing=()):
     channels = sum(widths)
     parts = tuple(0.5 + 2 * draw(f"part{i}", batch, positions, w, dtype=dtype) for i, w in enumerate(widths))
     p, q = 1 + 0.3 * draw("p", batch, channels), 0.3 * draw("q", batch, channels)
-    return parts, draw("offset", batch, channels) if offset else None, p, q
+    owed = tuple(draw("owed", w) if i in owing else None for i, w in enumerate(widths)) if owing else ()
+    return parts, draw("offset", batch, channels) if offset else None, p, q, owed
 
 
 def compute(function, settings, arguments, kept):
-    """y, and the gradients of a loss of it and of the first `kept` of the parts."""
+    """y, and the gradients of a loss of it and of the first `kept` of the parts, of which one is used again."""
 
-    def loss(parts, offset, p, q):
-        y, parts = function(settings, parts, offset, p, q)
+    def loss(parts, offset, p, q, owed):
+        y, parts, again = function(settings, parts, offset, p, q, owed)
         total = (y.astype(jnp.float32) * draw("dy", *y.shape)).sum()
         if kept:
             total += sum((x.astype(jnp.float32) * draw("kept", *x.shape)).sum() for x in parts[:kept])
+            total += (again[-1].astype(jnp.float32) * draw("again", *again[-1].shape)).sum()
         return total, y
 
-    wanted = (0, 2, 3) if arguments[1] is None else (0, 1, 2, 3)
+    wanted = (0, 2, 3, 4) if arguments[1] is None else (0, 1, 2, 3, 4)
     gradients, y = jax.jit(jax.grad(loss, wanted, has_aux=True))(*arguments)
     return y, gradients
 
 
 @pytest.mark.parametrize(
-    ("positions", "widths", "groups", "offset", "silu", "kept"),
+    ("positions", "widths", "groups", "offset", "silu", "kept", "owing"),
     [
-        (256, (64,), 32, True, True, 1),
-        (36, (48,), 16, True, False, 0),  # as many rows as no tile has
-        (64, (64, 32), 32, False, True, 2),  # a group has channels of both parts; 3 of each
-        (16, (20, 4), 4, True, True, 1),  # fewer channels than a block is wide
-        (20, (130, 62), 16, True, True, 2),  # blocks of one part, and of both, in pieces
-        (20, (40, 56, 32), 8, False, True, 0),
+        (256, (64,), 32, True, True, 1, (0,)),
+        (36, (48,), 16, True, False, 0, (0,)),  # as many rows as no tile has
+        (64, (64, 32), 32, False, True, 2, ()),  # a group has channels of both parts; 3 of each
+        (16, (20, 4), 4, True, True, 1, (1,)),  # fewer channels than a block is wide
+        (20, (130, 62), 16, True, True, 2, (0, 1)),  # blocks of one part, and of both, in pieces
+        (20, (40, 56, 32), 8, False, True, 0, (0, 2)),
     ],
 )
-def test_kernels_are_the_reference(positions, widths, groups, offset, silu, kept):
+def test_kernels_are_the_reference(positions, widths, groups, offset, silu, kept, owing):
     settings = Norm(groups, 1e-5, silu, jnp.dtype("float32"), interpret=True)
-    arguments = inputs(2, positions, widths, offset)
+    arguments = inputs(2, positions, widths, offset, owing=owing)
     ours, theirs = (compute(f, settings, arguments, kept) for f in (normalise, reference))
     for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-6 * np.abs(b).max())
@@ -72,15 +74,16 @@ def test_kernels_are_what_triton_takes(positions, widths):
     settings = Norm(8, 1e-5, True, jnp.dtype("bfloat16"))
     parts = tuple(jax.ShapeDtypeStruct((2, positions, width), jnp.bfloat16) for width in widths)
     vector = jax.ShapeDtypeStruct((2, sum(widths)), jnp.float32)
+    owed = (jax.ShapeDtypeStruct(widths[:1], jnp.float32), *[None] * (len(widths) - 1))
 
     def loss(*arguments):
-        y, parts = normalise(settings, *arguments)
-        return sum(x.astype(jnp.float32).sum() for x in (y, *parts))
+        y, parts, again = normalise(settings, *arguments)
+        return sum(x.astype(jnp.float32).sum() for x in (y, *parts, again[0]))
 
     card = AbstractDevice("NVIDIA H100 80GB HBM3", num_cores=132, platform="gpu")  # which JAX asks for since 0.11
     mesh = AbstractMesh((1,), ("data",), axis_types=(AxisType.Auto,), abstract_device=card)
     with jax.sharding.use_abstract_mesh(mesh):
-        traced = jax.jit(jax.grad(loss, (0, 1, 2, 3))).trace(parts, vector, vector, vector)
+        traced = jax.jit(jax.grad(loss, (0, 1, 2, 3, 4))).trace(parts, vector, vector, vector, owed)
         text = traced.lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("group_norm_forward") and text.count("group_norm_backward")
 
@@ -89,8 +92,8 @@ def test_kernels_are_what_triton_takes(positions, widths):
 def test_kernels_cut_otherwise_are_the_same(cut, monkeypatch):
     monkeypatch.setattr(norm_kernels, "tuning", lambda positions, backward: norm_kernels.Tuning(*cut))
     settings = Norm(8, 1e-5, True, jnp.dtype("float32"), interpret=True)
-    parts, offset, p, q = inputs(2, 100, (32,), True)
-    arguments = parts, offset[:1], p, q[:1]  # of all images
+    parts, offset, p, q, owed = inputs(2, 100, (32,), True, owing=(0,))
+    arguments = parts, offset[:1], p, q[:1], owed  # of all images
     ours, theirs = (compute(f, settings, arguments, 1) for f in (normalise, reference))
     for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-6 * np.abs(b).max())
@@ -100,7 +103,8 @@ def test_kernels_round_only_what_they_return():
     settings = Norm(16, 1e-5, True, jnp.dtype("bfloat16"), interpret=True)
     arguments = inputs(1, 64, (64,), False, dtype="bfloat16")
     ours = compute(normalise, settings, arguments, kept=1)
-    exact = compute(reference, settings._replace(dtype=jnp.dtype("float32")), arguments, kept=1)
+    wide = jax.tree.map(lambda a: a.astype(jnp.float32), arguments)
+    exact = compute(reference, settings._replace(dtype=jnp.dtype("float32")), wide, kept=1)
     for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(exact), strict=True):
         assert np.abs(a.astype(np.float32) - b).max() <= 2**-8 * np.abs(b).max()
 
@@ -108,11 +112,13 @@ def test_kernels_round_only_what_they_return():
 @pytest.mark.parametrize("shared", [False, True])
 def test_kernels_of_a_batch_that_is_split_over_devices(shared):
     settings = Norm(8, 1e-5, True, jnp.dtype("float32"), interpret=True)
-    parts, *vectors = inputs(8, 16, (16,), True)
-    arguments = parts, *(v[:1] if shared else v for v in vectors)
+    parts, *vectors, owed = inputs(8, 16, (16,), True, owing=(0,))
+    arguments = parts, *(v[:1] if shared else v for v in vectors), owed
     mesh = meshes.make_mesh()
     split, whole = meshes.batch_sharding(mesh), meshes.replicated(mesh)
-    everywhere = jax.tree.map(lambda a: jax.device_put(a, whole if a.shape[0] == 1 else split), arguments)
+    everywhere = jax.tree.map(
+        lambda a: jax.device_put(a, whole if a.shape[0] == 1 or a.ndim == 1 else split), arguments
+    )
     whole, parted = (compute(normalise, settings, a, kept=0) for a in (arguments, everywhere))
     assert len({s.data.shape for s in parted[0].addressable_shards}) == 1
     assert parted[0].addressable_shards[0].data.shape == (1, 16, 16)  # nobody gathers the batch
@@ -127,7 +133,8 @@ def test_kernels_in_a_block_that_is_computed_again(monkeypatch):
 
     def gradient(block):
         def loss(params, parts):
-            return (block.apply(params, parts, emb, True).astype(jnp.float32) * draw("w", 2, 4, 4, 16)).sum()
+            y, _ = block.apply(params, parts, emb, True)
+            return (settle(y).astype(jnp.float32) * draw("w", 2, 4, 4, 16)).sum()
 
         return jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))(params, parts)
 
@@ -164,7 +171,7 @@ def test_module_is_that_of_flax(kernels, monkeypatch):
     ours, flax = GroupNorm(32, 1e-5, jnp.float32, silu=True), nn.GroupNorm(16, epsilon=1e-5)
     params = {"params": {"scale": draw("gamma", 16), "bias": draw("beta", 16)}}  # gcd(32, 16) groups
     assert jax.tree.map(jnp.shape, ours.init(KEY, (x, other))) == jax.tree.map(jnp.shape, params)
-    y, parts = ours.apply(params, (x, other), offset, scale, shift)
+    y, parts, _ = ours.apply(params, (x, other), offset, scale, shift)
     both = jnp.concatenate([x, other], axis=-1) + offset[:, None, None]
     expected = flax.apply(params, both) * (1 + scale[:, None, None]) + shift[:, None, None]
     np.testing.assert_allclose(y, nn.silu(expected), rtol=1e-4, atol=2e-5)
@@ -185,3 +192,23 @@ def test_kernels_are_for_gpus_and_can_be_refused(monkeypatch):
     monkeypatch.setattr(Device, "compute_capability", "9.0")
     monkeypatch.setenv("JAXDIFF_FORMS", "plain")
     assert not has_kernel()
+
+
+@pytest.mark.parametrize("kernels", [False, True])
+@pytest.mark.parametrize("by", ["a norm", "settle"])
+def test_what_is_owed_is_the_gradient_of_a_bias_that_is_added(by, kernels, monkeypatch):
+    monkeypatch.setattr(norm, "has_kernel", lambda: kernels)
+    monkeypatch.setattr(norm, "INTERPRET", True)
+    x, bias, module = draw("x", 2, 4, 4, 16), draw("bias", 16), GroupNorm(4, 1e-5, jnp.float32)
+    params = module.init(KEY, (x,))
+
+    def loss(bias, owing):
+        h = Owing(add_bias(x, jax.lax.stop_gradient(bias)), bias) if owing else add_bias(x, bias)
+        if by == "settle":
+            h = settle(h)
+        y, (h,), (again,) = module.apply(params, (h,))  # and everyone else uses what that returns
+        return (draw("w", *y.shape) * (y + h**2 + again**3)).sum()
+
+    values, gradients = zip(*(jax.value_and_grad(loss)(bias, owing) for owing in (True, False)), strict=True)
+    np.testing.assert_allclose(*values)
+    np.testing.assert_allclose(*gradients, rtol=1e-4, atol=1e-4)
