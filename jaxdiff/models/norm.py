@@ -174,15 +174,14 @@ def _backward(norm: Norm, saved: Any, gradients: Any) -> Any:
         dy = jnp.zeros(gradients[0].shape, gradients[0].dtype)
     kept = [use for use in uses if any(g is not None for g in use)]
     total = any(bias is not None for bias in owed)
-    out = norm_kernels.backward(norm, dy, kept, parts, offset, p, q, mean, inv, total)
-    vectors = [a for a in (offset, p, q) if a is not None]
-    each = zip(out[-len(vectors) :], vectors, strict=True)
-    sums = [g if v.shape == g.shape else g.sum(axis=0, keepdims=True) for g, v in each]
+    dparts, rows = norm_kernels.backward(norm, dy, kept, parts, offset, p, q, mean, inv, total)
+    sums = rows.sum(axis=0)  # one kernel for all of them
+    vectors = [a for a in (p, q, offset) if a is not None]
+    dp, dq, *doffset = (sums[i, None] if v.shape[0] == 1 else rows[:, i] for i, v in enumerate(vectors))
     if total:
-        ends = list(itertools.accumulate(part.shape[-1] for part in parts))[:-1]
-        paid = jnp.split(out[len(parts)].sum(axis=0), ends)
+        paid = jnp.split(sums[-1], list(itertools.accumulate(part.shape[-1] for part in parts))[:-1])
         owed = tuple(None if b is None else g.astype(b.dtype) for b, g in zip(owed, paid, strict=True))
-    return tuple(out[: len(parts)]), *([] if offset is not None else [None]), *sums, owed
+    return tuple(dparts), doffset[0] if doffset else None, dp, dq, owed
 
 
 normalise.defvjp(_forward, _backward, symbolic_zeros=True)

@@ -129,10 +129,10 @@ class Tiles:
         """What `ref` [C] has for the block's channels."""
         return [triton.load(ref.at[channel]) for channel in self.channel]
 
-    def store_vector(self, ref: Any, values: Sequence[Float[Array, " columns"]]) -> None:
-        """Write that."""
+    def store_vector(self, ref: Any, values: Sequence[Float[Array, " columns"]], row: int | None = None) -> None:
+        """Write that, or a row of `ref` [rows, C]."""
         for channel, value in zip(self.channel, values, strict=True):
-            triton.store(ref.at[channel], value)
+            triton.store(ref.at[channel] if row is None else ref.at[row, channel], value)
 
     def _rows(self, step: Any) -> Int[Array, " rows"]:
         return step * self.blocks.rows + jnp.arange(self.blocks.rows)
@@ -287,15 +287,16 @@ def backward(
     mean: Array,
     inv: Array,
     total: bool = False,
-) -> list[Array]:
-    """Gradients of the parts, and of each image for the offset, where there is one, and for p and q.
+) -> tuple[list[Array], Float[Array, "b rows c"]]:
+    """Gradients of the parts, and each image's for p, q and the offset, where there is one, in one array.
 
-    `kept` has, of each other use of the parts, their gradients, which are added. With `total` the sums over the
-    positions of the parts' gradients are next to these, [B, C].
+    `kept` has, of each other use of the parts, their gradients, which are added. With `total` the array's last row is
+    the sum over the positions of the parts' gradients.
     """
     _, positions, channels = dy.shape
     blocks = cut(positions, channels, norm.groups, backward=True)
-    return _backward(norm, blocks, total, dy, tuple(map(tuple, kept)), tuple(parts), offset, p, q, mean, inv)
+    *dparts, rows = _backward(norm, blocks, total, dy, tuple(map(tuple, kept)), tuple(parts), offset, p, q, mean, inv)
+    return dparts, rows
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
@@ -352,13 +353,13 @@ def _backward(
             return both if offset is None else [*both, over(functools.partial(tiles.mask_rows, step), x)]
 
         (dq, dp, *normalised), read_again = tiles.sums(read, products, 2 if offset is None else 3)
-        tiles.store_vector(refs_out[-2], dp)
-        tiles.store_vector(refs_out[-1], dq)
+        tiles.store_vector(refs_out[-1], dp, 0)
+        tiles.store_vector(refs_out[-1], dq, 1)
         first, second = (tiles.group_mean(over(jnp.multiply, scale, d)) for d in (dq, dp))
         if offset is not None:
             (x,), n = normalised, positions
             doffset = over(lambda i, s, d, f, x, g: i * (s * d - n * f - x * g), inv, scale, dq, first, x, second)
-            tiles.store_vector(refs_out[-3], doffset)
+            tiles.store_vector(refs_out[-1], doffset, 2)
         across = over(lambda inv, second: inv * inv * second, inv, second)
         rest = over(lambda inv, first, mean, across: inv * first - mean * across, inv, first, mean, across)
 
@@ -378,12 +379,12 @@ def _backward(
             lambda step: read_again(last - step), lambda step, tile: write(last - step, tile), 1 if total else 0
         )
         if total:
-            tiles.store_vector(refs_out[count], sums[0])
+            tiles.store_vector(refs_out[-1], sums[0], -1 + rows.shape[1])
 
-    stats = jax.ShapeDtypeStruct((batch, channels), jnp.float32)
+    rows = jax.ShapeDtypeStruct((batch, 2 + (offset is not None) + total, channels), jnp.float32)
     inputs = [dy, *parts, *jax.tree.leaves(kept), *([] if offset is None else [offset]), p, q, mean, inv]
     outputs = [jax.ShapeDtypeStruct(part.shape, part.dtype) for part in parts]
-    return _call(group_norm_backward, norm, blocks, inputs, outputs + [stats] * (2 + total + (offset is not None)))
+    return _call(group_norm_backward, norm, blocks, inputs, [*outputs, rows])
 
 
 def _call(

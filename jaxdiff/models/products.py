@@ -105,7 +105,14 @@ def _forward(interpret: bool, *inputs: Any) -> Any:
 
 
 def _backward(interpret: bool, saved: Any, dy: Array) -> Any:
-    return jax.vjp(reference, *saved)[1](dy)
+    parts, kernels, bias, residual = saved
+    dkernels = tuple(jnp.einsum("bnc,bnf->cf", part, dy) for part in parts)
+    dparts: list[Array] = []
+    for kernel in kernels:  # with barriers, for XLA would make one product of them, and copy its pieces
+        one, dparts = jax.lax.optimization_barrier((dy, dparts))
+        dparts = [*dparts, one @ kernel.T]
+    dbias = None if bias is None else dy.sum(axis=(0, 1)).astype(bias.dtype)
+    return tuple(dparts), dkernels, dbias, None if residual is None else dy
 
 
 multiply.defvjp(_forward, _backward)
