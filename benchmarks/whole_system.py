@@ -6,18 +6,21 @@
 
 First the step alone, on one batch that stays on the device; then training as --mode=train does it, for as many steps as
 take `--minutes`. "steady" is the median of the log's images/s, which leave out validation, checkpoints and samples;
-"by the clock" is all images from the first line of the log to the last, over the time between. Stages before it (an
-autoencoder, its latents) are trained first in the workdir, and not measured.
+"by the clock" is all images from the first line of the log to the last but one, over the time between: the last line
+comes after what is done once at the end. What pauses take is in a table of its own; the first of each compiles. Stages
+before it (an autoencoder, its latents) are trained first in the workdir, and not measured.
 """
 
 import argparse
+import contextlib
+import io
 import json
 import pathlib
 import statistics
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -33,13 +36,15 @@ from jaxdiff.data import device_batches, load_source, train_batches
 from jaxdiff.keys import named_key
 from jaxdiff.startup import start
 from jaxdiff.training.experiments import Experiment
+from jaxdiff.training.logging import RunLogger
 from jaxdiff.training.loop import fit
 from jaxdiff.training.optimizer import recipe_optimizer
 from jaxdiff.training.stages import diffusion_stage
 from jaxdiff.training.step import make_init, make_train_step
 
-SECONDS = 10.0  # of the step alone
+ROUNDS = 10  # of a second each, of the step alone
 LINES = 40  # of the log, about
+PAUSES = ("validation", "checkpoint", "samples")
 
 
 def step_seconds(experiment: Experiment, config: ConfigDict, mesh: Mesh) -> float:
@@ -64,7 +69,23 @@ def step_seconds(experiment: Experiment, config: ConfigDict, mesh: Mesh) -> floa
         return (time.perf_counter() - begin) / times
 
     run(2)
-    return run(max(3, round(SECONDS / run(3))))
+    steps = max(1, round(1 / run(3)))
+    return statistics.median(run(steps) for _ in range(ROUNDS))
+
+
+def line_seconds(folder: pathlib.Path) -> float:
+    """Seconds that a line of the log takes, written as training does."""
+    logger, lines = RunLogger(folder, total_steps=1, images_per_step=1), 100
+    with contextlib.redirect_stdout(io.StringIO()):
+        begin = time.perf_counter()
+        for step in range(lines):
+            logger.scalars(
+                step, dict.fromkeys(("loss", "lr", "grad_norm", "images_per_second", "step_time", "mfu"), 1.0)
+            )
+            logger.progress(step, {"loss": 1.0, "lr": 1.0, "grad_norm": 1.0}, 1.0, 1.0)
+        seconds = time.perf_counter() - begin
+    logger.close()
+    return seconds / lines
 
 
 class Watch:
@@ -95,12 +116,24 @@ class Watch:
         return self.seen
 
 
-def summarise(seen: Sequence[tuple[float, dict[str, Any]]], alone: float) -> dict[str, float]:
-    """Images/s: alone (given), steady, by the clock, and the share of the clock that pauses take."""
-    (begin, first), (end, last) = seen[0], seen[-1]
+def summarise(seen: Sequence[tuple[float, dict[str, Any]]], alone: float) -> dict[str, Any]:
+    """Images/s: alone (given), steady, by the clock; and seconds of each pause, by name."""
+    (begin, first), (end, last) = seen[0], seen[-2]
     steady = statistics.median(record["images_per_second"] for _, record in seen[1:])
     clock = (last["images"] - first["images"]) / (end - begin)
-    return {"alone": alone, "steady": steady, "clock": clock, "pauses": max(0.0, 1 - clock / steady)}
+    pauses = {name: [r[f"{name}_seconds"] for _, r in seen if f"{name}_seconds" in r] for name in PAUSES}
+    return {"alone": alone, "steady": steady, "clock": clock, "pauses": pauses}
+
+
+def pause_rows(pauses: Mapping[str, Sequence[float]], between: float) -> list[list[str]]:
+    """Rows of the table of pauses: name, how many, seconds of the first, of another, and its share of `between`."""
+    rows = []
+    for name, (first, *others) in ((name, times) for name, times in pauses.items() if times):
+        cells = (
+            [f"{(other := statistics.median(others)):.2f}", f"{100 * other / between:.2f} %"] if others else ["", ""]
+        )
+        rows.append([name, str(1 + len(others)), f"{first:.2f}", *cells])
+    return rows
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -129,6 +162,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         watch = Watch(workdir / "metrics.jsonl")
         fit(experiment, config, workdir, mesh)
         result = summarise(watch.close(), config.batch_size / seconds)
+        result["line_seconds"] = line_seconds(pathlib.Path(folder) / "line")
     print(f"\n{config.name} on {mesh.size} x {device()['device']}, {config.steps:,} steps of {config.batch_size}\n")
     rows = [
         ["the step alone, on a batch of the device", f"{result['alone']:,.0f}", ""],
@@ -136,8 +170,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         ["training, by the clock", f"{result['clock']:,.0f}", f"{100 * result['clock'] / result['alone']:.1f} %"],
     ]
     print(markdown(("", "images/s", "of the first"), rows))
-    every = f"every {config.checkpoint_every:,} steps"
-    print(f"\nValidation, checkpoints ({every}) and logging: {100 * result['pauses']:.1f} %")
+    between = config.checkpoint_every * config.batch_size / result["steady"]
+    print(f"\nPauses, and their share of {config.checkpoint_every:,} steps, {between:.0f} s, between checkpoints:\n")
+    columns = ("", "times", "first, s", "another, s", "share")
+    print(markdown(columns, pause_rows(result["pauses"], between)))
+    line = f"{1e3 * result['line_seconds']:.1f} ms"
+    print(f"\nA line of the log, every {config.log_every:,} steps: {line}, while the device has its next step")
     if args.out:
         files.write_json(args.out, {**environment(), **device(), "config": config.name, **result})
 

@@ -96,9 +96,15 @@ def test_whole_system_by_the_clock(tmp_path):
     records = [{"images": n, "images_per_second": 100.0} for n in (10, 20, 30)] + [{"val_loss": 1.0}]
     file.write_text("".join(json.dumps(record) + "\n" for record in records) + '{"torn')
     assert [record for _, record in watch.close()] == records[:3]
-    seen = [(0.0, records[0]), (0.1, records[1]), (0.4, records[2])]  # the last lap had a pause of 0.2 s
+    records[1]["checkpoint_seconds"], records[2]["checkpoint_seconds"] = 0.3, 0.1
+    seen = [(0.0, records[0]), (0.4, records[1]), (0.9, records[2])]  # the last line comes after the end's checkpoint
     result = whole_system.summarise(seen, alone=125.0)
-    assert result == pytest.approx({"alone": 125.0, "steady": 100.0, "clock": 50.0, "pauses": 0.5})
+    assert result.pop("pauses") == {"validation": [], "checkpoint": [0.3, 0.1], "samples": []}
+    assert result == pytest.approx({"alone": 125.0, "steady": 100.0, "clock": 25.0})
+    assert whole_system.pause_rows({"checkpoint": [0.3, 0.1], "samples": []}, 20.0) == [
+        ["checkpoint", "2", "0.30", "0.10", "0.50 %"]
+    ]
+    assert 0 < whole_system.line_seconds(tmp_path / "line") < 1
 
 
 def test_kernels_of_a_compiled_program():

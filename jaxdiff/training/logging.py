@@ -121,6 +121,7 @@ class Rate(NamedTuple):
 
     images_per_second: float
     step_time: float  # seconds
+    pauses: dict[str, float]  # seconds by name, which are in neither
 
 
 class StepTimer:
@@ -137,7 +138,8 @@ class StepTimer:
 
     def start(self, step: int) -> None:
         """Begin a window at `step`, dropping what was measured."""
-        self._step, self._since, self._paused = step, self._clock(), 0.0
+        self._step, self._since = step, self._clock()
+        self._pauses: dict[str, float] = {}
 
     def lap(self, step: int) -> Rate:
         """Speed since the last lap or start, and the beginning of the next window.
@@ -148,18 +150,19 @@ class StepTimer:
         if steps < 1:
             raise ValueError(f"a lap ends at step {step}, but began at step {self._step}")
         now = self._clock()
-        seconds = max(now - self._since - self._paused, 1e-9)
-        self._step, self._since, self._paused = step, now, 0.0
-        return Rate(steps * self._images_per_step / seconds, seconds / steps)
+        pauses = self._pauses
+        seconds = max(now - self._since - sum(pauses.values()), 1e-9)
+        self._step, self._since, self._pauses = step, now, {}
+        return Rate(steps * self._images_per_step / seconds, seconds / steps, pauses)
 
     @contextlib.contextmanager
-    def pause(self) -> Iterator[None]:
+    def pause(self, name: str) -> Iterator[None]:
         """Leave out the time inside: sampling, evaluation, checkpoints. Not nested, and no lap inside."""
         begin = self._clock()
         try:
             yield
         finally:
-            self._paused += self._clock() - begin
+            self._pauses[name] = self._pauses.get(name, 0.0) + self._clock() - begin
 
 
 def format_duration(seconds: float) -> str:

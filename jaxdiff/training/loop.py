@@ -126,6 +126,7 @@ def fit(
         values = {name: float(value) for name, value in metrics.items()}
         rate = timer.lap(step)
         speed = {"images_per_second": rate.images_per_second, "step_time": rate.step_time}
+        speed |= {f"{name}_seconds": seconds for name, seconds in rate.pauses.items()}
         if least:  # the share of the devices' peak: "model FLOPs utilisation"
             speed["mfu"] = least / rate.step_time
         logger.scalars(step, {**values, **speed})
@@ -176,20 +177,21 @@ def fit(
             # Before the checkpoint: whoever goes on from that one has all snapshots up to it.
             if config.ema_snapshot_every and done % config.ema_snapshot_every == 0:
                 jax.block_until_ready(metrics)
-                with timer.pause():
+                with timer.pause("snapshot"):
                     snapshots.save(done, {name: state.averages[name] for name in power})
             if done % config.checkpoint_every == 0 or last:
                 jax.block_until_ready(metrics)
-                with timer.pause():
+                with timer.pause("validation"):
                     logger.scalars(done, validator(state.ema))
+                with timer.pause("checkpoint"):
                     save(done, validator.last[MONITOR])
             if last or (config.sample_every and done % config.sample_every == 0):
                 jax.block_until_ready(metrics)
-                with timer.pause():
+                with timer.pause("samples"):
                     render(done)
             if experiment.score and done % config.eval.every == 0 and not last:  # at the end the run itself is scored
                 jax.block_until_ready(metrics)
-                with timer.pause():
+                with timer.pause("scores"):
                     logger.scalars(done, experiment.score(state_weights(state, config.sample.weights, config)))
             if not last and (done == stop_at or checkpoints.should_stop(done, stop.signum)):
                 read(done, metrics)

@@ -208,15 +208,18 @@ def test_timer_measures_windows_without_pauses() -> None:
     clock.now += 1000  # compilation
     timer.start(10)
     clock.now += 4
-    with timer.pause():
-        clock.now += 50
+    for seconds in (50, 30):
+        with timer.pause("checkpoint"):
+            clock.now += seconds
     clock.now += 1
-    assert timer.lap(20) == (64.0, 0.5)
-    with pytest.raises(RuntimeError), timer.pause():
+    assert timer.lap(20) == (64.0, 0.5, {"checkpoint": 80})
+    with pytest.raises(RuntimeError), timer.pause("samples"):
         clock.now += 7
         raise RuntimeError
     clock.now += 2
-    assert timer.lap(21) == (16.0, 2.0), "the pause of the window before is forgotten, this one's counts"
+    assert timer.lap(21) == (16.0, 2.0, {"samples": 7}), (
+        "the pause of the window before is forgotten, this one's counts"
+    )
     with pytest.raises(ValueError, match="21"):
         timer.lap(21)
 
