@@ -115,7 +115,7 @@ def tile_row(batch: int, positions: int, widths: Sequence[int], tiles: Sequence[
     cells = [f"{batch} x {positions} x {' + '.join(map(str, widths))}"]
     for tile, channels, elements in tiles:
         cut = norm_kernels.Tuning(tile, elements, channels)
-        norm_kernels.tuning = lambda positions, backward, cut=cut: cut
+        norm_kernels.tuning = lambda *shape, cut=cut: cut
         cells.append(time_norm(norm.normalise, inputs, gradient))
     return cells
 

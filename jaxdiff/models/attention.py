@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 
 from jaxdiff.models import forms
 from jaxdiff.models.layers import DEFAULT_KERNEL, ZEROS, Dtype
-from jaxdiff.models.norm import GroupNorm, Map, Owing, add_bias
+from jaxdiff.models.norm import GroupNorm, Map, Owing
 from jaxdiff.models.products import HALF, add_products, each_product
 
 
@@ -48,24 +48,27 @@ def attend(
 
 
 class Projections(nn.Module):
-    """`count` linear maps whose parameters lie side by side in one `kernel` and `bias`: pairs (x kernel, bias).
+    """Linear maps whose parameters lie side by side in one `kernel` and `bias`: pairs (result, bias).
 
     To split those is cheaper than to split the result, and to put together the gradients of its pieces.
+
+    Attributes: added: of each map, whether its result has the bias in it.
     """
 
     features: int
-    count: int
+    added: tuple[bool, ...]
     dtype: Dtype
 
     @nn.compact
     def __call__(
         self, x: Float[Array, "batch n c"]
     ) -> list[tuple[Float[Array, "batch n features"], Float[Array, " features"]]]:
-        width = self.count * self.features
+        width = len(self.added) * self.features
         kernel = self.param("kernel", DEFAULT_KERNEL, (x.shape[-1], width)).astype(self.dtype)
         bias = self.param("bias", ZEROS, (width,))
-        kernels, biases = (jnp.split(a, self.count, axis=-1) for a in (kernel, bias))
-        return list(zip(each_product(x.astype(self.dtype), kernels), biases, strict=True))
+        kernels, biases = (jnp.split(a, len(self.added), axis=-1) for a in (kernel, bias))
+        added = [b if add else None for b, add in zip(biases, self.added, strict=True)]
+        return list(zip(each_product(x.astype(self.dtype), kernels, added), biases, strict=True))
 
 
 class Output(nn.Module):
@@ -109,20 +112,19 @@ class Attention(nn.Module):
         b, height, width, c = h.shape
         heads = self.num_heads or (c // self.head_dim if self.head_dim else 1)
         h = h.reshape(b, height * width, c)
+        # Of the keys' bias, where they are not normed, all logits of a query shift by as much, of which the softmax
+        # knows nothing; the weights of a query sum to 1, so that the values' may as well come after them.
+        of_q, of_kv = (True,), (self.qk_norm, False)
         if context is None:
-            (q, q_bias), (k, k_bias), (v, v_bias) = Projections(c, 3, self.dtype, name="qkv")(h)
+            (q, _), (k, _), (v, v_bias) = Projections(c, of_q + of_kv, self.dtype, name="qkv")(h)
         else:
-            ((q, q_bias),) = Projections(c, 1, self.dtype, name="q")(h)
+            ((q, _),) = Projections(c, of_q, self.dtype, name="q")(h)
             context = nn.LayerNorm(dtype=self.dtype, name="norm_context")(context)
-            (k, k_bias), (v, v_bias) = Projections(c, 2, self.dtype, name="kv")(context)
-        q = add_bias(q, q_bias)
-        if self.qk_norm:  # else all logits of a query shift by as much, of which the softmax knows nothing
-            k = add_bias(k, k_bias)
+            (k, _), (v, v_bias) = Projections(c, of_kv, self.dtype, name="kv")(context)
         q, k, v = (a.reshape(b, -1, heads, c // heads) for a in (q, k, v))
         if self.qk_norm:
             q, k = (nn.RMSNorm(dtype=self.dtype, name=f"norm_{n}")(a) for n, a in (("q", q), ("k", k)))
         h = attend(q, k, v, self.chunk).reshape(b, height * width, c)
-        # The weights of a query sum to 1, so that the values' bias may as well come after them.
         proj = Output(c, self.dtype, ZEROS if self.zero_init else DEFAULT_KERNEL, name="proj")
         y, bias = proj(h, v_bias, x.reshape(b, height * width, c))
         return Owing(y.reshape(b, height, width, c), bias)

@@ -59,13 +59,36 @@ def upsample_convolve(
     a pixel's four successors are four 2x2 convolutions.
     """
     rows = jnp.array([[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]], kernel.dtype)  # [successor, tap, row]
-    folded = jnp.einsum("aps,bqt,stcf->abpqcf", rows, rows, kernel)
+    return _successors(x, jnp.einsum("aps,bqt,stcf->abpqcf", rows, rows, kernel))
 
-    def successor(a: int, b: int) -> Array:
-        y = convolve(x, folded[a, b], ((1 - a, a), (1 - b, b)))
+
+@jax.custom_jvp
+def _successors(
+    x: Float[Array, "batch h w c"], kernels: Float[Array, "2 2 2 2 c features"]
+) -> Float[Array, "batch 2*h 2*w features"]:
+    """The four convolutions beside one another: each padded on all sides, which cuDNN does itself, and cut."""
+    _, h, w, _ = x.shape
+    return _interleave(lambda a, b: convolve(x, kernels[a, b])[:, a : a + h, b : b + w])
+
+
+def _padded_as_needed(x: Array, kernels: Array) -> Array:
+    """`_successors`, for gradients: of what is cut XLA would compute all."""
+    return _interleave(lambda a, b: convolve(x, kernels[a, b], ((1 - a, a), (1 - b, b))))
+
+
+_successors.defjvps(
+    lambda dx, _, x, kernels: _padded_as_needed(dx, kernels),
+    lambda dkernels, _, x, kernels: _padded_as_needed(x, dkernels),
+)
+
+
+def _interleave(successor: Callable[[int, int], Float[Array, "batch h w c"]]) -> Float[Array, "batch 2*h 2*w c"]:
+    """The maps `successor(a, b)` in rows a, 2 + a, ..., and columns b, 2 + b, ..."""
+
+    def spread(y: Array, a: int, b: int) -> Array:
         return jax.lax.pad(y, jnp.zeros((), y.dtype), ((0, 0, 0), (a, 1 - a, 1), (b, 1 - b, 1), (0, 0, 0)))
 
-    return functools.reduce(jnp.add, [successor(a, b) for a in (0, 1) for b in (0, 1)])
+    return functools.reduce(jnp.add, [spread(successor(a, b), a, b) for a in (0, 1) for b in (0, 1)])
 
 
 def project_convolve(

@@ -58,7 +58,9 @@ def _pay(x: Array, bias: Array) -> Array:
 
 @_pay.defjvp
 def _(primals: Any, tangents: Any) -> Any:
-    return primals[0], add_bias(*tangents)
+    dx, dbias = tangents
+    # Rounded last, so that backward the sum over the positions is of float32.
+    return primals[0], dx + jnp.broadcast_to(dbias, dx.shape).astype(dx.dtype)
 
 
 def settle(x: Map) -> Float[Array, "*rest c"]:

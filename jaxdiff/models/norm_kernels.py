@@ -36,13 +36,15 @@ class Tuning(NamedTuple):
 
     tile: int
     per_thread: int
-    narrowest: int = 64
+    narrowest: int
     neighbours: int = 4
 
 
-def tuning(positions: int, backward: bool) -> Tuning:
-    """That of a kernel for maps of so many positions."""
-    return Tuning(8192 if positions >= 1024 else 4096, 16 if backward else 8)
+def tuning(positions: int, channels: int, group: int, backward: bool) -> Tuning:
+    """That of a kernel for maps of so many positions and channels, of which a group has `group`."""
+    in_pieces = positions >= 1024 and _power_of_2(group) != group  # 128 + 64 channels a block, not 64 + 32
+    wide = in_pieces or (positions >= 4096 and channels > 128)
+    return Tuning(8192 if positions >= 1024 else 4096, 16 if backward else 8, 128 if wide else 64)
 
 
 class Blocks(NamedTuple):
@@ -61,7 +63,8 @@ class Blocks(NamedTuple):
 
 def cut(positions: int, channels: int, groups: int, backward: bool) -> Blocks:
     """The fewest whole groups of `narrowest` channels or more, if there are, and the rows that fill a tile."""
-    group, tuned = channels // groups, tuning(positions, backward)
+    group = channels // groups
+    tuned = tuning(positions, channels, group, backward)
     counts = [n for n in range(1, groups + 1) if groups % n == 0]
     used = group * next((n for n in counts if n * group >= tuned.narrowest), groups)
     rows = min(_power_of_2(tuned.tile // used), pl.next_power_of_2(positions))

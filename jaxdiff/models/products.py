@@ -61,7 +61,7 @@ def add_products(
     residual: Float[Array, "batch *rest features"] | None = None,
 ) -> Float[Array, "batch *rest features"]:
     """residual + (sum of part @ kernel + bias); all but the bias of one dtype."""
-    more_than_a_product = len(parts) > 1 or residual is not None
+    more_than_a_product = len(parts) > 1 or bias is not None or residual is not None
     one_dtype = residual is None or residual.dtype == parts[0].dtype
     flat = tuple(part.reshape(len(part), -1, part.shape[-1]) for part in parts)
     other = None if residual is None else residual.reshape(len(residual), -1, residual.shape[-1])
@@ -111,38 +111,44 @@ def _backward(interpret: bool, saved: Any, dy: Array) -> Any:
     for kernel in kernels:  # with barriers, for XLA would make one product of them, and copy its pieces
         one, dparts = jax.lax.optimization_barrier((dy, dparts))
         dparts = [*dparts, one @ kernel.T]
-    dbias = None if bias is None else dy.sum(axis=(0, 1)).astype(bias.dtype)
-    return tuple(dparts), dkernels, dbias, None if residual is None else dy
+    return tuple(dparts), dkernels, _bias_gradient(dy, bias), None if residual is None else dy
+
+
+def _bias_gradient(dy: Array, bias: Array | None) -> Array | None:
+    return None if bias is None else dy.sum(axis=(0, 1), dtype=bias.dtype)
 
 
 multiply.defvjp(_forward, _backward)
 
 
 def each_product(
-    x: Float[Array, "batch n c"], kernels: Sequence[Float[Array, "c features"]]
+    x: Float[Array, "batch n c"],
+    kernels: Sequence[Float[Array, "c features"]],
+    biases: Sequence[Float[Array, " features"] | None],
 ) -> tuple[Float[Array, "batch n features"], ...]:
-    """x @ kernel for all of them, whose gradient for x is a sum as in `add_products`.
+    """x @ kernel + bias, where there is one, for all of them, whose gradient for x is a sum as in `add_products`.
 
     (One kernel for all, that reads x but once, was slower than XLA's.)
     """
     c, features = kernels[0].shape
     gradient = jax.ShapeDtypeStruct((*x.shape[:-1], features), x.dtype)
     own = len(kernels) > 1 and has_kernel([gradient] * len(kernels), c)
-    return (_each_product if own else _each)(x, tuple(kernels))
+    return (_each_product if own else _each)(x, tuple(kernels), tuple(biases))
 
 
-def _each(x: Array, kernels: tuple[Array, ...]) -> tuple[Array, ...]:
-    return tuple(x @ kernel for kernel in kernels)
+def _each(x: Array, kernels: tuple[Array, ...], biases: tuple[Array | None, ...]) -> tuple[Array, ...]:
+    return tuple(add_products([x], [kernel], bias) for kernel, bias in zip(kernels, biases, strict=True))
 
 
-def _each_forward(x: Array, kernels: tuple[Array, ...]) -> Any:
-    return _each(x, kernels), (x, kernels)
+def _each_forward(x: Array, kernels: tuple[Array, ...], biases: tuple[Array | None, ...]) -> Any:
+    return _each(x, kernels, biases), (x, kernels, biases)
 
 
 def _each_backward(saved: Any, dy: tuple[Array, ...]) -> Any:
-    x, kernels = saved
+    x, kernels, biases = saved
     dkernels = tuple(jnp.einsum("bnc,bnf->cf", x, d) for d in dy)
-    return add_products(dy, [kernel.T for kernel in kernels]), dkernels
+    dbiases = tuple(_bias_gradient(d, bias) for d, bias in zip(dy, biases, strict=True))
+    return add_products(dy, [kernel.T for kernel in kernels]), dkernels, dbiases
 
 
 _each_product = jax.custom_vjp(_each)

@@ -90,7 +90,7 @@ def test_kernels_are_what_triton_takes(positions, widths):
 
 @pytest.mark.parametrize("cut", [(512, 16, 16), (256, 8, 16, 2), (4096, 8, 16)])
 def test_kernels_cut_otherwise_are_the_same(cut, monkeypatch):
-    monkeypatch.setattr(norm_kernels, "tuning", lambda positions, backward: norm_kernels.Tuning(*cut))
+    monkeypatch.setattr(norm_kernels, "tuning", lambda *shape: norm_kernels.Tuning(*cut))
     settings = Norm(8, 1e-5, True, jnp.dtype("float32"), interpret=True)
     parts, offset, p, q, owed = inputs(2, 100, (32,), True, owing=(0,))
     arguments = parts, offset[:1], p, q[:1], owed  # of all images

@@ -94,10 +94,16 @@ def test_products_of_one_map(own, kernels, monkeypatch):
     """With the kernel for the gradient of the map, and without."""
     monkeypatch.setattr(products, "HALF", [jnp.dtype(jnp.float32)] if own else [])
     x, matrices = draw("x", 64, 64, 128), tuple(draw(f"kernel{i}", 128, 128) / 8 for i in range(3))
-    expected = with_gradients(lambda x, matrices: tuple(x @ m for m in matrices), (x, matrices))
-    gradient = jax.grad(lambda x: sum(y.sum() for y in products.each_product(x, matrices)))
+    biases = draw("bias", 128), None, None
+
+    def plain(x, matrices, biases):
+        first, *others = (x @ m for m in matrices)
+        return first + biases[0][None, None], *others
+
+    expected = with_gradients(plain, (x, matrices, biases))
+    gradient = jax.grad(lambda x: sum(y.sum() for y in products.each_product(x, matrices, biases)))
     assert ("sum_of_products" in str(jax.make_jaxpr(gradient)(x))) == own
-    for a, b in zip(with_gradients(products.each_product, (x, matrices)), expected, strict=True):
+    for a, b in zip(with_gradients(products.each_product, (x, matrices, biases)), expected, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * np.abs(b).max())
 
 
@@ -212,9 +218,10 @@ def test_attention_is_the_same(qk_norm, kernels, monkeypatch):
 
     def gradient():
         def loss(params, x):
-            return (norm.settle(block.apply(params, x)).astype(jnp.float32) * draw("w", *x.shape)).sum()
+            y = norm.settle(block.apply(params, x)).astype(jnp.float32)
+            return (y * draw("w", *x.shape)).sum(), y
 
-        return jax.jit(jax.value_and_grad(loss, (0, 1)))(params, x)
+        return jax.jit(jax.grad(loss, (0, 1), has_aux=True))(params, x)
 
     monkeypatch.setattr(products, "multiply", counted)
     fast = jax.tree.leaves(gradient())
@@ -222,7 +229,7 @@ def test_attention_is_the_same(qk_norm, kernels, monkeypatch):
     monkeypatch.setattr(products, "has_kernel", lambda *_: False)
     for a, b in zip(fast, jax.tree.leaves(gradient()), strict=True):
         a, b = (np.asarray(x, np.float32) for x in (a, b))
-        assert np.linalg.norm(a - b) <= 0.02 * np.linalg.norm(b)
+        assert np.linalg.norm(a - b) <= 0.03 * np.linalg.norm(b)
 
 
 def test_a_residual_of_another_dtype_is_left_to_xla(kernels):
