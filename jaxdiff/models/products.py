@@ -106,7 +106,8 @@ def _forward(interpret: bool, *inputs: Any) -> Any:
 
 def _backward(interpret: bool, saved: Any, dy: Array) -> Any:
     parts, kernels, bias, residual = saved
-    dkernels = tuple(jnp.einsum("bnc,bnf->cf", part, dy) for part in parts)
+    # Behind a barrier: XLA's products leave partial sums, which it would add up, slowly, where these are put together.
+    dkernels = jax.lax.optimization_barrier(tuple(jnp.einsum("bnc,bnf->cf", part, dy) for part in parts))
     dparts: list[Array] = []
     for kernel in kernels:  # with barriers, for XLA would make one product of them, and copy its pieces
         one, dparts = jax.lax.optimization_barrier((dy, dparts))
