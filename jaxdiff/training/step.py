@@ -14,6 +14,7 @@ from jaxdiff.keys import named_key
 from jaxdiff.mesh import batch_sharding, replicated
 from jaxdiff.models import forms
 from jaxdiff.training.averages import Update, new_averages, update_all
+from jaxdiff.training.draws import draw_at_once
 from jaxdiff.training.optimizer import ema_update, global_norm
 
 Params = Any
@@ -119,7 +120,7 @@ def make_init(
     """Jitted key -> state of step 0, in the `formats` of the step."""
 
     def create(key: PRNGKeyArray) -> TrainState:
-        return new_state(init(key), optimizer, key, critic, averages, memory)
+        return new_state(draw_at_once(init)(key), optimizer, key, critic, averages, memory)
 
     shapes = jax.eval_shape(create, named_key(0, "init"))
     return jax.jit(create, out_shardings=formats(shapes, mesh))
@@ -137,7 +138,7 @@ def new_state(
     state = TrainState(jnp.zeros((), jnp.int32), params, jax.tree.map(jnp.copy, params), optimizer.init(params))
     state = state._replace(averages=new_averages(averages, params), memory=memory.initial if memory else ())
     if critic:
-        inner = critic.init(jax.random.fold_in(key, 1))
+        inner = draw_at_once(critic.init)(jax.random.fold_in(key, 1))
         state = state._replace(critic=inner, critic_opt_state=optimizer.init(inner))
     return state
 
