@@ -161,4 +161,5 @@ def test_kernels_that_lie_as_on_a_gpu(tiny, tmp_path, whole, monkeypatch):
     (_, mine, _), (_, reference, _) = leaves(workdir), leaves(whole)
     for name, value in reference.items():
         # Adam divides by gradients of any size, so that another order of sums shows in what has hardly moved.
-        np.testing.assert_allclose(mine[name], value, rtol=1e-5, atol=0.05 * np.abs(value).max(), err_msg=name)
+        room = max(0.05 * np.abs(value).max(), 1e-6)
+        np.testing.assert_allclose(mine[name], value, rtol=1e-5, atol=room, err_msg=name)
