@@ -161,10 +161,11 @@ class Tiles:
 
         None for pieces of parts whose ref is None.
         """
-        return [
-            None if ref is None else triton.load(ref, mask=mask, other=None if mask is None else 0.0)
-            for ref, mask in self._places(refs, step)
-        ]
+
+        def read(ref: Any, mask: Any) -> Any:
+            return None if ref is None else triton.load(ref, mask=mask, other=None if mask is None else 0.0)
+
+        return [read(ref, mask) for ref, mask in self._places(refs, step)]
 
     def store(self, refs: Any, step: Any, values: Sequence[Float[Array, "rows columns"]]) -> None:
         """Write that, in the dtypes of `refs`."""
@@ -378,11 +379,9 @@ def _backward(
 
         # The last tiles first: they may still be in the cache. (Forward, where there is half as much, it does not pay.)
         last = tiles.steps - 1
-        sums, _ = tiles.sums(
-            lambda step: read_again(last - step), lambda step, tile: write(last - step, tile), 1 if total else 0
-        )
+        sums, _ = tiles.sums(lambda i: read_again(last - i), lambda i, tile: write(last - i, tile), int(total))
         if total:
-            tiles.store_vector(refs_out[-1], sums[0], -1 + rows.shape[1])
+            tiles.store_vector(refs_out[-1], sums[0], rows.shape[1] - 1)
 
     rows = jax.ShapeDtypeStruct((batch, 2 + (offset is not None) + total, channels), jnp.float32)
     inputs = [dy, *parts, *jax.tree.leaves(kept), *([] if offset is None else [offset]), p, q, mean, inv]

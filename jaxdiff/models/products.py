@@ -81,7 +81,7 @@ def reference(
     """residual + (sum of part @ kernel + bias), each rounded; left to XLA."""
     y = functools.reduce(jnp.add, [part @ kernel for part, kernel in zip(parts, kernels, strict=True)])
     if bias is not None:
-        y = y + bias.astype(y.dtype)[None, None]
+        y = y + jnp.broadcast_to(bias, y.shape).astype(y.dtype)  # so that backward the sum is of the bias's dtype
     return y if residual is None else residual + y
 
 
@@ -106,13 +106,16 @@ def _forward(interpret: bool, *inputs: Any) -> Any:
 
 def _backward(interpret: bool, saved: Any, dy: Array) -> Any:
     parts, kernels, bias, residual = saved
-    # Behind a barrier: XLA's products leave partial sums, which it would add up, slowly, where these are put together.
-    dkernels = jax.lax.optimization_barrier(tuple(jnp.einsum("bnc,bnf->cf", part, dy) for part in parts))
     dparts: list[Array] = []
-    for kernel in kernels:  # with barriers, for XLA would make one product of them, and copy its pieces
-        one, dparts = jax.lax.optimization_barrier((dy, dparts))
-        dparts = [*dparts, one @ kernel.T]
-    return tuple(dparts), dkernels, _bias_gradient(dy, bias), None if residual is None else dy
+    dkernels: list[Array] = []
+    for part, kernel in zip(parts, kernels, strict=True):
+        # With barriers, for XLA would make one product of all gradients of parts, and copy its pieces; and its products
+        # leave partial sums, which it would add up, slowly, where the gradients of kernels are put together.
+        one, dparts, dkernels = jax.lax.optimization_barrier((dy, dparts, dkernels))
+        dpart, dkernel = jax.vjp(jnp.matmul, part, kernel)[1](one)
+        dparts, dkernels = [*dparts, dpart], [*dkernels, dkernel]
+    dkernels = jax.lax.optimization_barrier(dkernels)
+    return tuple(dparts), tuple(dkernels), _bias_gradient(dy, bias), None if residual is None else dy
 
 
 def _bias_gradient(dy: Array, bias: Array | None) -> Array | None:
@@ -147,7 +150,7 @@ def _each_forward(x: Array, kernels: tuple[Array, ...], biases: tuple[Array | No
 
 def _each_backward(saved: Any, dy: tuple[Array, ...]) -> Any:
     x, kernels, biases = saved
-    dkernels = tuple(jnp.einsum("bnc,bnf->cf", x, d) for d in dy)
+    dkernels = tuple(jax.linear_transpose(lambda k: x @ k, kernel)(d)[0] for kernel, d in zip(kernels, dy, strict=True))
     dbiases = tuple(_bias_gradient(d, bias) for d, bias in zip(dy, biases, strict=True))
     return add_products(dy, [kernel.T for kernel in kernels]), dkernels, dbiases
 

@@ -75,7 +75,7 @@ def test_kernel_is_the_reference(positions, widths, features, chosen, monkeypatc
         monkeypatch.setattr(products, "cut", lambda widths, features: chosen)
     arguments = inputs(2, positions, widths, features)
     for a, b in zip(with_gradients(ours, arguments), with_gradients(reference, arguments), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-5, atol=2e-6 * np.abs(b).max())
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("chosen", [SMALL, SMALL._replace(chunks=1, tiles=2), None])
@@ -125,8 +125,7 @@ def test_kernel_rounds_once(chunks, monkeypatch):
     assert y.dtype == jnp.bfloat16
     assert (np.abs(y.astype(np.float32) - exact) <= 2**-8 * np.abs(exact) + 1e-5).all()
     for a, b in zip(gradients, with_gradients(reference, arguments)[1:], strict=True):
-        a, b = (np.asarray(x, np.float32) for x in (a, b))
-        assert np.linalg.norm(a - b) <= 0.02 * np.linalg.norm(b)  # XLA's own, in another order
+        np.testing.assert_array_equal(a, b)  # XLA's own
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -200,7 +199,7 @@ def test_residual_block_is_the_same(kernels, monkeypatch):
     monkeypatch.setattr(products, "has_kernel", lambda *_: False)
     for a, b in zip(fast, jax.tree.leaves(gradient()), strict=True):
         a, b = (np.asarray(x, np.float32) for x in (a, b))
-        assert np.linalg.norm(a - b) <= 0.03 * np.linalg.norm(b)
+        assert np.linalg.norm(a - b) <= 0.01 * np.linalg.norm(b)
     assert not calls
 
 
@@ -230,7 +229,7 @@ def test_attention_is_the_same(qk_norm, kernels, monkeypatch):
     monkeypatch.setattr(products, "has_kernel", lambda *_: False)
     for a, b in zip(fast, jax.tree.leaves(gradient()), strict=True):
         a, b = (np.asarray(x, np.float32) for x in (a, b))
-        assert np.linalg.norm(a - b) <= 0.03 * np.linalg.norm(b)
+        assert np.linalg.norm(a - b) <= 0.02 * np.linalg.norm(b)
 
 
 def test_a_residual_of_another_dtype_is_left_to_xla(kernels):

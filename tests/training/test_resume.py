@@ -25,6 +25,7 @@ def config_of(tiny):
     config.model.update(channel_mult=(1,), attention_resolutions=(), dropout=0.1)
     # Neither the checkpoints, the log nor the epochs of 1,500 images end where the run is stopped.
     config.update(steps=STEPS, log_every=3, checkpoint_every=8, sample_every=0, batch_size=80, accumulate=2)
+    config.model.norm_groups = 4  # with a channel a group gradients of biases are but rounding, which Adam makes large
     config.data.flip = True
     config.update(ema_sigma_rel=(0.1,), ema_snapshot_every=3)
     config.sample.weights = "sigma_rel:0.1"
@@ -160,6 +161,4 @@ def test_kernels_that_lie_as_on_a_gpu(tiny, tmp_path, whole, monkeypatch):
     assert 5 < sum("3, 0, 1, 2" in text for text in layouts) < len(layouts)
     (_, mine, _), (_, reference, _) = leaves(workdir), leaves(whole)
     for name, value in reference.items():
-        # Adam divides by gradients of any size, so that another order of sums shows in what has hardly moved.
-        room = max(0.05 * np.abs(value).max(), 1e-6)
-        np.testing.assert_allclose(mine[name], value, rtol=1e-5, atol=room, err_msg=name)
+        np.testing.assert_allclose(mine[name], value, rtol=1e-5, atol=1e-5 * np.abs(value).max(), err_msg=name)
