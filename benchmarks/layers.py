@@ -7,7 +7,7 @@
 Bfloat16. The backward pass is the gradients of all inputs, as the difference to both passes in one program. "traffic"
 is what the arrays of a norm, or of a sum of products, take to be read and written once at the speed of a large copy,
 which is measured first. A tile is its elements x the channels of a block at least x the elements of a thread, in
-`models/norm_kernels.py`.
+`models/norm_tiles.py`.
 """
 
 import argparse
@@ -109,13 +109,13 @@ def norm_row(batch: int, positions: int, widths: Sequence[int], speed: float) ->
 
 def tile_row(batch: int, positions: int, widths: Sequence[int], tiles: Sequence[tuple[int, int, int]]) -> list[str]:
     """A norm's row of the table of ways to cut it."""
-    from jaxdiff.models import norm_kernels
+    from jaxdiff.models import norm_tiles
 
     inputs, gradient = norm_inputs(batch, positions, widths)
     cells = [f"{batch} x {positions} x {' + '.join(map(str, widths))}"]
     for tile, channels, elements in tiles:
-        cut = norm_kernels.Tuning(tile, elements, channels)
-        norm_kernels.tuning = lambda *shape, cut=cut: cut
+        cut = norm_tiles.Tuning(tile, elements, channels)
+        norm_tiles.tuning = lambda *shape, cut=cut: cut
         cells.append(time_norm(norm.normalise, inputs, gradient))
     return cells
 

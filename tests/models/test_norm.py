@@ -11,7 +11,7 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 from jaxdiff import mesh as meshes
 from jaxdiff import startup
-from jaxdiff.models import norm, norm_kernels
+from jaxdiff.models import norm, norm_tiles
 from jaxdiff.models.layers import ResBlock
 from jaxdiff.models.norm import GroupNorm, Norm, Owing, add_bias, normalise, reference, settle
 from jaxdiff.models.unet import REMAT
@@ -90,7 +90,7 @@ def test_kernels_are_what_triton_takes(positions, widths):
 
 @pytest.mark.parametrize("cut", [(512, 16, 16), (256, 8, 16, 2), (4096, 8, 16)])
 def test_kernels_cut_otherwise_are_the_same(cut, monkeypatch):
-    monkeypatch.setattr(norm_kernels, "tuning", lambda *shape: norm_kernels.Tuning(*cut))
+    monkeypatch.setattr(norm_tiles, "tuning", lambda *shape: norm_tiles.Tuning(*cut))
     settings = Norm(8, 1e-5, True, jnp.dtype("float32"), interpret=True)
     parts, offset, p, q, owed = inputs(2, 100, (32,), True, owing=(0,))
     arguments = parts, offset[:1], p, q[:1], owed  # of all images
