@@ -1,6 +1,8 @@
 """GroupNorm: our kernels, run by Pallas's interpreter, against XLA's form of it; and that against Flax's."""
 
 import re
+import sys
+from types import SimpleNamespace
 
 import flax.linen as nn
 import jax
@@ -67,10 +69,8 @@ def test_kernels_are_the_reference(positions, widths, groups, offset, silu, kept
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@pytest.mark.parametrize(
-    ("positions", "widths"), [(16384, (128,)), (1024, (256, 128)), (81, (384,)), (16, (64,)), (256, (32, 8))]
-)
-def test_kernels_are_what_triton_takes(positions, widths):
+def lower(positions, widths):
+    """Both kernels as they go to XLA for an H100."""
     settings = Norm(8, 1e-5, True, jnp.dtype("bfloat16"))
     parts = tuple(jax.ShapeDtypeStruct((2, positions, width), jnp.bfloat16) for width in widths)
     vector = jax.ShapeDtypeStruct((2, sum(widths)), jnp.float32)
@@ -84,8 +84,23 @@ def test_kernels_are_what_triton_takes(positions, widths):
     mesh = AbstractMesh((1,), ("data",), axis_types=(AxisType.Auto,), abstract_device=card)
     with jax.sharding.use_abstract_mesh(mesh):
         traced = jax.jit(jax.grad(loss, (0, 1, 2, 3, 4))).trace(parts, vector, vector, vector, owed)
-        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+        return traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
+@pytest.mark.parametrize(
+    ("positions", "widths"), [(16384, (128,)), (1024, (256, 128)), (81, (384,)), (16, (64,)), (256, (32, 8))]
+)
+def test_kernels_are_what_triton_takes(positions, widths):
+    text = lower(positions, widths)
     assert text.count("group_norm_forward") and text.count("group_norm_backward")
+
+
+def test_lowering_finds_the_module_of_tritons_dialect(monkeypatch):
+    """Or MLIR looks for it thousands of times."""
+    names = []
+    finder = SimpleNamespace(find_spec=lambda name, *_: names.append(name))
+    monkeypatch.setattr(sys, "meta_path", [finder, *sys.meta_path])
+    assert "group_norm_forward" in lower(64, (96,)) and not [name for name in names if name.endswith(".tt")]
 
 
 @pytest.mark.parametrize("cut", [(512, 16, 16), (256, 8, 16, 2), (4096, 8, 16)])

@@ -1,5 +1,6 @@
 """The step that is compiled beside other work: from which shapes, and what becomes of errors."""
 
+import gc
 import threading
 from types import SimpleNamespace
 
@@ -52,6 +53,20 @@ def test_others_go_on_meanwhile_and_xla_fails_where_it_is_waited_for():
 def test_what_cannot_be_traced_fails_at_once():
     with pytest.raises(TypeError, match="shapes"):
         Compiling(jax.jit(lambda x, y: x + y), jnp.ones(2), jnp.ones(3))
+
+
+def test_garbage_is_collected_but_while_tracing():
+    seen = []
+
+    def function(x):
+        seen.append(gc.isenabled())
+        return x + 1
+
+    Compiling(jax.jit(function), jnp.ones(2)).result()
+    assert seen == [False] and gc.isenabled()
+    with pytest.raises(TypeError, match="shapes"):
+        Compiling(jax.jit(lambda x, y: x + y), jnp.ones(2), jnp.ones(3))
+    assert gc.isenabled()
 
 
 def test_data_that_fail_meanwhile_end_the_run(tiny, tmp_path, monkeypatch):
