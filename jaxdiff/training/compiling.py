@@ -31,7 +31,7 @@ def abstract_batch(source: Source, config: ConfigDict, mesh: Mesh) -> dict[str, 
 
 @contextmanager
 def uncollected() -> Iterator[None]:
-    """Without Python's garbage collector, which looks through all that tracing makes and keeps: a quarter of its time."""
+    """Without Python's garbage collector: to look through all that tracing makes and keeps is a quarter of its time."""
     enabled = gc.isenabled()
     gc.disable()
     try:
