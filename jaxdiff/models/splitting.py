@@ -1,4 +1,4 @@
-"""Kernels of our own where the batch is split over devices: each has its own images."""
+"""What all kernels of our own go through: where the batch is split over devices each has its own images."""
 
 import contextlib
 import itertools

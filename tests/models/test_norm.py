@@ -68,7 +68,6 @@ def test_kernels_are_the_reference(positions, widths, groups, offset, silu, kept
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-6 * np.abs(b).max())
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def lower(positions, widths):
     """Both kernels as they go to XLA for an H100."""
     settings = Norm(8, 1e-5, True, jnp.dtype("bfloat16"))
@@ -87,6 +86,7 @@ def lower(positions, widths):
         return traced.lower(lowering_platforms=("cuda",)).as_text()
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize(
     ("positions", "widths"), [(16384, (128,)), (1024, (256, 128)), (81, (384,)), (16, (64,)), (256, (32, 8))]
 )
@@ -95,6 +95,7 @@ def test_kernels_are_what_triton_takes(positions, widths):
     assert text.count("group_norm_forward") and text.count("group_norm_backward")
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_lowering_finds_the_module_of_tritons_dialect(monkeypatch):
     """Or MLIR looks for it thousands of times."""
     names = []
