@@ -43,7 +43,26 @@ class Owing(NamedTuple):
     bias: Float[Array, " c"]
 
 
-Map = Float[Array, "*rest c"] | Owing
+class Lacking(NamedTuple):
+    """A map, and the bias [C] that is yet to be added to it: by whoever uses it, where something is added anyway."""
+
+    x: Float[Array, "*rest c"]
+    bias: Float[Array, " c"]
+
+
+Stream = Owing | Lacking
+Map = Float[Array, "*rest c"] | Stream
+
+
+def bare(x: Map) -> Float[Array, "*rest c"]:
+    """The map itself."""
+    return x.x if isinstance(x, Stream) else x
+
+
+def missing(parts: Sequence[Map]) -> Float[Array, " c"] | None:
+    """What the parts' concatenation lacks; None where no part lacks anything."""
+    biases = [x.bias if isinstance(x, Lacking) else jnp.zeros(bare(x).shape[-1]) for x in parts]
+    return jnp.concatenate(biases) if any(isinstance(x, Lacking) for x in parts) else None
 
 
 def add_bias(x: Float[Array, "*rest c"], bias: Float[Array, " c"]) -> Float[Array, "*rest c"]:
@@ -64,7 +83,9 @@ def _(primals: Any, tangents: Any) -> Any:
 
 
 def settle(x: Map) -> Float[Array, "*rest c"]:
-    """The map, with the gradient of the bias that it may owe."""
+    """The map, with the gradient of the bias that it may owe, and the bias that it may lack."""
+    if isinstance(x, Lacking):
+        return add_bias(*x)
     return _pay(*x) if isinstance(x, Owing) else x
 
 
@@ -81,7 +102,7 @@ class GroupNorm(nn.Module):
 
     There are `groups` groups, or the largest divisor of both where that does not divide the channels. Who uses the
     parts besides takes the returned ones, of which there are two for two uses: their gradients are then added up where
-    the norm's own are computed, and what a part owes is settled there.
+    the norm's own are computed, and what a part owes is settled there. What it lacks the returned ones lack still.
     Statistics are float32. Source: Wu & He 2018 (arXiv 1803.08494).
 
     Attributes: silu: whether act is SiLU; else it is the identity. dtype: of the result.
@@ -101,7 +122,7 @@ class GroupNorm(nn.Module):
         shift: Float[Array, "batch c"] | None = None,
     ) -> tuple[Float[Array, "batch h w c"], list[Float[Array, "batch h w _"]], list[Float[Array, "batch h w _"]]]:
         owed = tuple(part.bias if isinstance(part, Owing) else None for part in parts)
-        maps = [part.x if isinstance(part, Owing) else part for part in parts]
+        maps = [bare(part) for part in parts]
         channels, (b, h, w, _) = sum(x.shape[-1] for x in maps), maps[0].shape
         gamma = self.param("scale", nn.initializers.ones_init(), (channels,))
         beta = self.param("bias", nn.initializers.zeros_init(), (channels,))
@@ -111,6 +132,8 @@ class GroupNorm(nn.Module):
             p, q = p * factor, q * factor + shift.astype(jnp.float32)
         if offset is not None:
             offset = offset.astype(jnp.float32)
+        if (lacked := missing(parts)) is not None:
+            offset = lacked[None] if offset is None else offset + lacked
         norm = Norm(math.gcd(self.groups, channels), self.eps, self.silu, jnp.dtype(self.dtype), INTERPRET)
         flat = tuple(x.reshape(b, h * w, -1) for x in maps)
         y, *uses = (normalise if has_kernel() else reference)(norm, flat, offset, p, q, owed)
@@ -163,20 +186,20 @@ def _forward(norm: Norm, *primals: Any) -> Any:
     from jaxdiff.models import norm_kernels
 
     *inputs, owed = jax.tree.map(lambda a: a.value, primals, is_leaf=lambda a: isinstance(a, CustomVJPPrimal))
-    y, mean, inv = norm_kernels.forward(norm, *inputs)
-    return (y, inputs[0], inputs[0]), (*inputs, mean, inv, owed)
+    y, stats = norm_kernels.forward(norm, *inputs)
+    return (y, inputs[0], inputs[0]), (*inputs, stats, owed)
 
 
 def _backward(norm: Norm, saved: Any, gradients: Any) -> Any:
     from jaxdiff.models import norm_kernels
 
-    parts, offset, p, q, mean, inv, owed = saved
+    parts, offset, p, q, stats, owed = saved
     dy, *uses = jax.tree.map(lambda g: None if isinstance(g, SymbolicZero) else g, gradients)
     if dy is None:
         dy = jnp.zeros(gradients[0].shape, gradients[0].dtype)
     kept = [use for use in uses if any(g is not None for g in use)]
     total = any(bias is not None for bias in owed)
-    dparts, rows = norm_kernels.backward(norm, dy, kept, parts, offset, p, q, mean, inv, total)
+    dparts, rows = norm_kernels.backward(norm, dy, kept, parts, offset, p, q, stats, total)
     sums = rows.sum(axis=0)  # one kernel for all of them
     vectors = [a for a in (p, q, offset) if a is not None]
     dp, dq, *doffset = (sums[i, None] if v.shape[0] == 1 else rows[:, i] for i, v in enumerate(vectors))

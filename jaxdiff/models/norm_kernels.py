@@ -23,10 +23,14 @@ from jaxdiff.models.norm_tiles import Blocks, Piece, Tiles, cut, each_place, ove
 SOURCE = [zlib.crc32(pathlib.Path(str(file)).read_bytes()) for file in (__file__, norm_tiles.__file__)]
 
 
-def forward(norm: Norm, parts: Sequence[Array], offset: Array | None, p: Array, q: Array) -> tuple[Array, Array, Array]:
-    """y [B, N, C], and the mean and 1 / standard deviation of each channel's group [B, C]; see `norm.normalise`."""
+def forward(norm: Norm, parts: Sequence[Array], offset: Array | None, p: Array, q: Array) -> tuple[Array, list[Array]]:
+    """y [B, N, C], and [B, C] of each channel: its group's mean and 1 / standard deviation, and maybe its own mean.
+
+    That with an offset only. See `norm.normalise`.
+    """
     blocks = cut(parts[0].shape[1], sum(part.shape[-1] for part in parts), norm.groups, backward=False)
-    return _forward(norm, blocks, tuple(parts), offset, p, q)
+    y, *stats = _forward(norm, blocks, tuple(parts), offset, p, q)
+    return y, stats
 
 
 # Jitted, here and below, so that norms of the same shapes are traced and lowered once for all of them.
@@ -39,7 +43,8 @@ def _forward(norm: Norm, blocks: Blocks, parts: tuple[Array, ...], offset: Array
         each_place(blocks, widths, functools.partial(body, refs))
 
     def body(refs: Any, pieces: list[Piece], place: Any) -> None:
-        inputs, (p_ref, q_ref), (y_ref, mean_ref, inv_ref) = refs[:-5], refs[-5:-3], refs[-3:]
+        (y_ref, *stats_refs), refs = refs[-len(outputs) :], refs[: -len(outputs)]
+        *inputs, p_ref, q_ref = refs
         tiles = Tiles(norm, blocks, pieces, place, positions)
         shift = tiles.vector(inputs[count]) if offset is not None else [jnp.zeros(piece.size) for piece in pieces]
 
@@ -48,19 +53,24 @@ def _forward(norm: Norm, blocks: Blocks, parts: tuple[Array, ...], offset: Array
 
         def moments(step: Any, tile: list[Array]) -> list[list[Array]]:
             x = over(lambda t: t.astype(jnp.float32), tile)
-            if offset is not None:
-                x = over(lambda x, shift: tiles.mask_rows(step, x + shift[None, :]), x, shift)
             return [x, over(jnp.square, x)]
+
+        def about(square: Array, total: Array, own: Array, mean: Array) -> Array:
+            """The sum of squared differences from `mean`: of those from the channel's own, and of that."""
+            return square - total * total / positions + positions * jnp.square(own - mean)
 
         def scaled(x: Array, slope: Array, constant: Array) -> Array:
             u = x.astype(jnp.float32) * slope[None, :] + constant[None, :]
             return u * tiles.sigmoid(u) if norm.silu else u
 
         totals, read_again = tiles.sums(read, moments, 2)
-        mean, square = (tiles.group_mean(total) for total in totals)
-        inv = over(lambda s, m: jax.lax.rsqrt(jnp.maximum(s - m * m, 0.0) + norm.eps), square, mean)
-        tiles.store_vector(mean_ref, mean)
-        tiles.store_vector(inv_ref, inv)
+        total, square = totals
+        own = over(lambda total, shift: total / positions + shift, total, shift)
+        mean = tiles.group_mean(over(lambda own: positions * own, own))
+        squares = tiles.group_mean(over(about, square, total, own, mean))
+        inv = over(lambda square: jax.lax.rsqrt(jnp.maximum(square, 0.0) + norm.eps), squares)
+        for ref, values in zip(stats_refs, (mean, inv, own), strict=False):
+            tiles.store_vector(ref, values)
         slope = over(jnp.multiply, inv, tiles.vector(p_ref))
         constant = over(lambda q, s, m, a: q + (s - m) * a, tiles.vector(q_ref), shift, mean, slope)
 
@@ -73,7 +83,8 @@ def _forward(norm: Norm, blocks: Blocks, parts: tuple[Array, ...], offset: Array
     stats = jax.ShapeDtypeStruct((batch, sum(widths)), jnp.float32)
     y = jax.ShapeDtypeStruct((batch, positions, sum(widths)), norm.dtype)
     inputs = [*parts, *([] if offset is None else [offset]), p, q]
-    return _call(group_norm_forward, norm, blocks, inputs, [y, stats, stats])
+    outputs = [y, *[stats] * (2 if offset is None else 3)]
+    return _call(group_norm_forward, norm, blocks, inputs, outputs)
 
 
 def backward(
@@ -84,18 +95,18 @@ def backward(
     offset: Array | None,
     p: Array,
     q: Array,
-    mean: Array,
-    inv: Array,
+    stats: Sequence[Array],
     total: bool = False,
 ) -> tuple[list[Array], Float[Array, "b rows c"]]:
     """Gradients of the parts, and each image's for p, q and the offset, where there is one, in one array.
 
-    `kept` has, of each other use of the parts, their gradients, which are added. With `total` the array's last row is
-    the sum over the positions of the parts' gradients.
+    `stats` is what `forward` returned. `kept` has, of each other use of the parts, their gradients, which are added.
+    With `total` the array's last row is the sum over the positions of the parts' gradients.
     """
     _, positions, channels = dy.shape
     blocks = cut(positions, channels, norm.groups, backward=True)
-    *dparts, rows = _backward(norm, blocks, total, dy, tuple(map(tuple, kept)), tuple(parts), offset, p, q, mean, inv)
+    arrays = dy, tuple(map(tuple, kept)), tuple(parts), offset, p, q, tuple(stats)
+    *dparts, rows = _backward(norm, blocks, total, *arrays)
     return dparts, rows
 
 
@@ -110,8 +121,7 @@ def _backward(
     offset: Array | None,
     p: Array,
     q: Array,
-    mean: Array,
-    inv: Array,
+    stats: tuple[Array, ...],
 ) -> Any:
     widths, (batch, positions, channels) = [part.shape[-1] for part in parts], dy.shape
     count = len(parts)
@@ -124,9 +134,10 @@ def _backward(
         dy_ref, x_refs, others = refs_in[0], refs_in[1 : 1 + count], iter(refs_in[1 + count :])
         kept_refs = [[None if part is None else next(others) for part in use] for use in kept]
         tiles = Tiles(norm, blocks, pieces, place, positions)
-        scale, shift, mean, inv = (tiles.vector(ref) for ref in refs_in[-4:])
+        scale, shift, mean, inv, *own = (tiles.vector(ref) for ref in refs_in[-2 - len(stats) :])
         if offset is not None:
-            mean = over(jnp.subtract, mean, tiles.vector(refs_in[-5]))  # of the parts alone
+            apart = over(jnp.subtract, own[0], mean)
+            mean = over(jnp.subtract, mean, tiles.vector(refs_in[-3 - len(stats)]))  # of the parts alone
         slope = over(jnp.multiply, inv, scale)
         constant = over(lambda shift, mean, slope: shift - mean * slope, shift, mean, slope)
 
@@ -149,16 +160,18 @@ def _backward(
         def products(step: Any, tile: Any) -> list[list[Array]]:
             x, du = x_and_du(tile)
             x = over(lambda x, mean, inv: (x - mean[None, :]) * inv[None, :], x, mean, inv)
-            both = [list(du), over(jnp.multiply, du, x)]
-            return both if offset is None else [*both, over(functools.partial(tiles.mask_rows, step), x)]
+            return [list(du), over(jnp.multiply, du, x)]
 
-        (dq, dp, *normalised), read_again = tiles.sums(read, products, 2 if offset is None else 3)
+        def of_offset(inv: Array, scale: Array, dq: Array, first: Array, second: Array, apart: Array) -> Array:
+            """The sum over the positions of what the norm sends back."""
+            return inv * (scale * dq - positions * (first + apart * inv * second))
+
+        (dq, dp), read_again = tiles.sums(read, products, 2)
         tiles.store_vector(refs_out[-1], dp, 0)
         tiles.store_vector(refs_out[-1], dq, 1)
         first, second = (tiles.group_mean(over(jnp.multiply, scale, d)) for d in (dq, dp))
         if offset is not None:
-            (x,), n = normalised, positions
-            doffset = over(lambda i, s, d, f, x, g: i * (s * d - n * f - x * g), inv, scale, dq, first, x, second)
+            doffset = over(of_offset, inv, scale, dq, first, second, apart)
             tiles.store_vector(refs_out[-1], doffset, 2)
         across = over(lambda inv, second: inv * inv * second, inv, second)
         rest = over(lambda inv, first, mean, across: inv * first - mean * across, inv, first, mean, across)
@@ -180,7 +193,7 @@ def _backward(
             tiles.store_vector(refs_out[-1], sums[0], rows.shape[1] - 1)
 
     rows = jax.ShapeDtypeStruct((batch, 2 + (offset is not None) + total, channels), jnp.float32)
-    inputs = [dy, *parts, *jax.tree.leaves(kept), *([] if offset is None else [offset]), p, q, mean, inv]
+    inputs = [dy, *parts, *jax.tree.leaves(kept), *([] if offset is None else [offset]), p, q, *stats]
     outputs = [jax.ShapeDtypeStruct(part.shape, part.dtype) for part in parts]
     return _call(group_norm_backward, norm, blocks, inputs, [*outputs, rows])
 
