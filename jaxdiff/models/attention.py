@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 
 from jaxdiff.models import forms
 from jaxdiff.models.layers import DEFAULT_KERNEL, ZEROS, Dtype
-from jaxdiff.models.norm import GroupNorm, Map, Owing
+from jaxdiff.models.norm import GroupNorm, Lacking, Map, Owing, settle
 from jaxdiff.models.products import HALF, add_products, each_product
 
 
@@ -108,6 +108,7 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(self, x: Map, context: Float[Array, "batch m e"] | None = None) -> Owing:
+        x = settle(x) if isinstance(x, Lacking) else x
         h, (x,), _ = GroupNorm(self.norm_groups, self.eps, self.dtype, name="norm")((x,))
         b, height, width, c = h.shape
         heads = self.num_heads or (c // self.head_dim if self.head_dim else 1)

@@ -8,7 +8,7 @@ from jaxtyping import Array, Float
 
 from jaxdiff.models.attention import Attention
 from jaxdiff.models.layers import Conv3x3, Downsample, Dtype, ResBlock, Upsample, owe
-from jaxdiff.models.norm import GroupNorm, Owing, settle
+from jaxdiff.models.norm import GroupNorm, Stream, settle
 
 NORM_EPS = 1e-6
 
@@ -42,7 +42,7 @@ class Encoder(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "batch h w 3"]) -> Float[Array, "batch hf wf 2z"]:
-        h = owe(*Conv3x3(self.channels, self.dtype, bias_apart=True, name="conv_in")(x))
+        h: Stream = owe(*Conv3x3(self.channels, self.dtype, form="first", bias_apart=True, name="conv_in")(x))
         for i, mult in enumerate(self.channel_mult):
             width = self.channels * mult
             for j in range(self.num_res_blocks):
@@ -69,7 +69,8 @@ class Decoder(nn.Module):
 
     @nn.compact
     def __call__(self, z: Float[Array, "batch hf wf z"]) -> Float[Array, "batch h w out"]:
-        h = owe(*Conv3x3(self.channels * self.channel_mult[-1], self.dtype, bias_apart=True, name="conv_in")(z))
+        width = self.channels * self.channel_mult[-1]
+        h: Stream = owe(*Conv3x3(width, self.dtype, form="first", bias_apart=True, name="conv_in")(z))
         h = _middle(h, self.norm_groups, self.dtype)
         for i, mult in reversed(list(enumerate(self.channel_mult))):
             width = self.channels * mult
@@ -142,12 +143,12 @@ def _attention(groups: int, dtype: Dtype, name: str) -> Attention:
     return Attention(0, dtype, zero_init=False, eps=NORM_EPS, norm_groups=groups, name=name)
 
 
-def _middle(h: Owing, groups: int, dtype: Dtype) -> Owing:
+def _middle(h: Stream, groups: int, dtype: Dtype) -> Stream:
     width = h.x.shape[-1]
     h, _ = _res(width, groups, dtype, "mid_res0")((h,))
     h = _attention(groups, dtype, "mid_attn")(h)
     return _res(width, groups, dtype, "mid_res1")((h,))[0]
 
 
-def _norm_act(h: Owing, groups: int, dtype: Dtype) -> Array:
+def _norm_act(h: Stream, groups: int, dtype: Dtype) -> Array:
     return GroupNorm(groups, NORM_EPS, dtype, silu=True, name="norm_out")((h,))[0]

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxdiff.models import forms
-from jaxdiff.models.norm import GroupNorm, Map, Owing, add_bias
-from jaxdiff.models.products import add_products
+from jaxdiff.models.norm import GroupNorm, Lacking, Map, Owing, add_bias, missing
+from jaxdiff.models.products import HALF, add_products
 
 Dtype = Any
 ZEROS = nn.initializers.zeros_init()
@@ -55,40 +55,44 @@ def upsample_convolve(
 ) -> Float[Array, "batch 2*h 2*w features"]:
     """3x3 convolution with padding 1 of the image upsampled by 2, from the image itself: 4/9 of the multiplications.
 
-    Of a 3x3 window in the upsampled image two rows (and columns) are of the same pixels, so that their weights add up:
-    a pixel's four successors are four 2x2 convolutions.
+    A pixel, which is two rows (and columns) of the upsampled image, reaches four rows of the result, the middle ones
+    with two weights at once. That is the transpose of a convolution of stride 2, from the result to the image, which
+    cuDNN computes without the zeros between.
     """
-    rows = jnp.array([[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]], kernel.dtype)  # [successor, tap, row]
-    return _successors(x, jnp.einsum("aps,bqt,stcf->abpqcf", rows, rows, kernel))
+
+    def taps(k: Float[Array, "3 *rest"]) -> Float[Array, "4 *rest"]:
+        return jnp.stack([k[2], k[1] + k[2], k[0] + k[1], k[0]])
+
+    # With a barrier, for XLA would take the gradient apart again in the sum of its squares, slowly.
+    kernel = jax.lax.optimization_barrier(kernel)
+    composed = jax.vmap(taps)(taps(kernel)).swapaxes(2, 3)
+    return _spread(x, composed.astype(x.dtype))
 
 
-@jax.custom_jvp
-def _successors(
-    x: Float[Array, "batch h w c"], kernels: Float[Array, "2 2 2 2 c features"]
+def _gather(
+    y: Float[Array, "batch 2*h 2*w features"], kernel: Float[Array, "4 4 features c"]
+) -> Float[Array, "batch h w c"]:
+    return convolve(y, kernel, stride=2)
+
+
+@jax.custom_vjp
+def _spread(
+    x: Float[Array, "batch h w c"], kernel: Float[Array, "4 4 features c"]
 ) -> Float[Array, "batch 2*h 2*w features"]:
-    """The four convolutions beside one another: each padded on all sides, which cuDNN does itself, and cut."""
-    _, h, w, _ = x.shape
-    return _interleave(lambda a, b: convolve(x, kernels[a, b])[:, a : a + h, b : b + w])
+    """The transpose of `_gather` for its first argument."""
+    b, h, w, _ = x.shape
+    y = jax.ShapeDtypeStruct((b, 2 * h, 2 * w, kernel.shape[2]), x.dtype)
+    return jax.linear_transpose(lambda y: _gather(y, kernel), y)(x)[0]
 
 
-def _padded_as_needed(x: Array, kernels: Array) -> Array:
-    """`_successors`, for gradients: of what is cut XLA would compute all."""
-    return _interleave(lambda a, b: convolve(x, kernels[a, b], ((1 - a, a), (1 - b, b))))
+def _spread_backward(saved: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
+    x, kernel = saved
+    # JAX's own gradient of the kernel is of an image with zeros between, which XLA would compute.
+    dx, gather_backward = jax.vjp(lambda kernel: _gather(dy, kernel), kernel)
+    return dx, gather_backward(x)[0]
 
 
-_successors.defjvps(
-    lambda dx, _, x, kernels: _padded_as_needed(dx, kernels),
-    lambda dkernels, _, x, kernels: _padded_as_needed(x, dkernels),
-)
-
-
-def _interleave(successor: Callable[[int, int], Float[Array, "batch h w c"]]) -> Float[Array, "batch 2*h 2*w c"]:
-    """The maps `successor(a, b)` in rows a, 2 + a, ..., and columns b, 2 + b, ..."""
-
-    def spread(y: Array, a: int, b: int) -> Array:
-        return jax.lax.pad(y, jnp.zeros((), y.dtype), ((0, 0, 0), (a, 1 - a, 1), (b, 1 - b, 1), (0, 0, 0)))
-
-    return functools.reduce(jnp.add, [spread(successor(a, b), a, b) for a in (0, 1) for b in (0, 1)])
+_spread.defvjp(lambda x, kernel: (_spread(x, kernel), (x, kernel)), _spread_backward)
 
 
 def project_convolve(
@@ -106,17 +110,36 @@ def project_convolve(
     return jax.lax.optimization_barrier(functools.reduce(jnp.add, shifted))
 
 
+@jax.custom_jvp
+def convolve_few(
+    x: Float[Array, "batch h w c"], kernel: Float[Array, "3 3 c features"]
+) -> Float[Array, "batch h w features"]:
+    """3x3 convolution with padding 1 of few channels: in half precision on a GPU of 16, with zeros, which is faster.
+
+    The gradient of the kernel is faster of the few.
+    """
+    few = x.shape[-1]
+    if few < 16 and forms.for_gpu() and x.dtype in HALF:
+        more = (0, 16 - few)
+        x, kernel = jnp.pad(x, ((0, 0), (0, 0), (0, 0), more)), jnp.pad(kernel, ((0, 0), (0, 0), more, (0, 0)))
+    return convolve(x, kernel)
+
+
+convolve_few.defjvps(lambda dx, _, x, kernel: convolve(dx, kernel), lambda dkernel, _, x, kernel: convolve(x, dkernel))
+
+
 def strided(padding: tuple[int, int]) -> Callable[[Array, Array], Array]:
     """Convolution of stride 2, with this padding before and after rows and columns."""
     return functools.partial(convolve, padding=[padding] * 2, stride=2)
 
 
-Form = Literal["plain", "down", "down_after", "up", "few"]
+Form = Literal["plain", "down", "down_after", "up", "first", "few"]
 FORMS: dict[str, tuple[Callable[[Array, Array], Array], Callable[[Array, Array], Array]]] = {  # fast, plain
     "plain": (convolve, convolve),
     "down": (strided((1, 1)), strided((1, 1))),
     "down_after": (strided((0, 1)), strided((0, 1))),
     "up": (upsample_convolve, lambda x, kernel: convolve(upsample(x), kernel)),
+    "first": (convolve_few, convolve),
     "few": (project_convolve, lambda x, kernel: convolve(x.astype(jnp.float32), kernel)),
 }
 
@@ -126,7 +149,7 @@ class Conv3x3(nn.Module):
 
     Attributes:
       form: "plain"; "down" = with stride 2; "down_after" = so, and padded on the bottom and on the right alone; "up" =
-        of the image upsampled by 2; "few" = float32 of few features, see `project_convolve`.
+        of the image upsampled by 2; "first" = of few channels; "few" = float32 of few features, see `project_convolve`.
       bias_apart: returns (without bias, bias), for a norm that adds it.
     """
 
@@ -147,9 +170,9 @@ class Conv3x3(nn.Module):
 
 
 class Conv1x1(nn.Module):
-    """1x1 convolution of a concatenation, of parameters `kernel` and `bias`: (without bias, bias).
+    """1x1 convolution of a concatenation, plus an offset, of parameters `kernel` and `bias`: (without bias, bias).
 
-    The concatenation is not made.
+    The concatenation is not made, and the offset [c] is added to the bias instead.
     """
 
     features: int
@@ -157,11 +180,13 @@ class Conv1x1(nn.Module):
 
     @nn.compact
     def __call__(
-        self, parts: Sequence[Float[Array, "batch h w _"]]
+        self, parts: Sequence[Float[Array, "batch h w _"]], offset: Float[Array, " c"] | None = None
     ) -> tuple[Float[Array, "batch h w features"], Float[Array, " features"]]:
         widths = [part.shape[-1] for part in parts]
         kernel = self.param("kernel", DEFAULT_KERNEL, (1, 1, sum(widths), self.features))[0, 0]
         bias = self.param("bias", ZEROS, (self.features,))
+        if offset is not None:
+            bias = bias + offset @ kernel
         kernels = jnp.split(kernel.astype(self.dtype), list(itertools.accumulate(widths))[:-1])
         return add_products([part.astype(self.dtype) for part in parts], kernels), bias
 
@@ -227,9 +252,10 @@ class ResBlock(nn.Module):
         h = nn.Dropout(self.dropout, deterministic=deterministic)(h)
         h, bias = Conv3x3(self.features, self.dtype, zero=self.zero_init, bias_apart=True, name="conv_out")(h)
         if sum(part.shape[-1] for part in parts) == self.features:
-            skip = jnp.concatenate(parts, axis=-1)
+            skip, skip_bias = jnp.concatenate(parts, axis=-1), missing(x)
         else:
-            skip, skip_bias = Conv1x1(self.features, self.dtype, name="skip")(parts)
+            skip, skip_bias = Conv1x1(self.features, self.dtype, name="skip")(parts, missing(x))
+        if skip_bias is not None:
             bias = bias + skip_bias
         # What cuDNN's convolutions add themselves: a vector, and a map.
         return Owing(skip + add_bias(h, jax.lax.stop_gradient(bias)), bias), seen
@@ -249,14 +275,14 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Nearest-neighbour upsampling by 2, then a 3x3 convolution."""
+    """Nearest-neighbour upsampling by 2, then a 3x3 convolution, whose bias is left to the next block."""
 
     features: int
     dtype: Dtype
 
     @nn.compact
-    def __call__(self, x: Float[Array, "batch h w c"]) -> Owing:
-        return owe(*Conv3x3(self.features, self.dtype, form="up", bias_apart=True, name="conv")(x))
+    def __call__(self, x: Float[Array, "batch h w c"]) -> Lacking:
+        return Lacking(*Conv3x3(self.features, self.dtype, form="up", bias_apart=True, name="conv")(x))
 
 
 def count_params(params: Any) -> int:

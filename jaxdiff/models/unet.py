@@ -20,7 +20,7 @@ from jaxdiff.models.layers import (
     owe,
     timestep_embedding,
 )
-from jaxdiff.models.norm import GroupNorm, Owing, settle
+from jaxdiff.models.norm import GroupNorm, Owing, Stream, settle
 
 
 def keep_products(primitive: Any, *args: Any, **params: Any) -> bool:
@@ -107,13 +107,13 @@ class UNet(nn.Module):
             heads = {"num_heads": self.num_heads, "qk_norm": self.qk_norm, "chunk": self.attention_chunk}
             return attention_block(self.head_dim, self.dtype, **heads, **norm, name=name)
 
-        def attend(h: Owing, name: str) -> Owing:
+        def attend(h: Stream, name: str) -> Stream:
             h = attention(f"{name}_attn")(h)
             return h if context is None else attention(f"{name}_cross")(h, context)
 
         widths = [round(self.channels * m) for m in self.channel_mult]
         last = len(widths) - 1
-        h = owe(*Conv3x3(widths[0], self.dtype, bias_apart=True, name="conv_in")(x))
+        h: Stream = owe(*Conv3x3(widths[0], self.dtype, form="first", bias_apart=True, name="conv_in")(x))
         skips, maps = [], []  # as whoever comes next has seen them: what they owe is settled there
 
         def down(features: int, name: str, resample: str = "") -> Owing:

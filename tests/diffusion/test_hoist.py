@@ -6,6 +6,7 @@ import numpy as np
 
 from jaxdiff import diffusion
 from jaxdiff.diffusion.hoist import hoist
+from jaxdiff.models.layers import Conv3x3
 from jaxdiff.models.unet import UNet
 
 X = jnp.linspace(-1, 1, 12).reshape(4, 3)
@@ -32,6 +33,13 @@ def test_large_results_of_small_ones_stay_where_they_are():
     row, column = jnp.arange(100.0), jnp.arange(100.0)
     inside = operations(hoist(lambda x: x + jnp.sin(row[:, None] * column[None]).sum(), X), X)
     assert "sin" in inside
+
+
+def test_upsampling_finds_its_kernel_reversed_in_the_loop_where_cudnn_is_known_by_it():
+    conv, x = Conv3x3(2, jnp.float32, form="up"), jnp.ones((1, 4, 4, 3))
+    params = conv.init(jax.random.key(0), x)
+    inside = str(jax.make_jaxpr(hoist(lambda x: conv.apply(params, x), x))(x))
+    assert "rev[" in inside and "lhs_dilation=(2, 2)" in inside and "concatenate" not in inside
 
 
 def test_hoisting_within_a_traced_function_and_its_gradient():
