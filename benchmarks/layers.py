@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks.harness import markdown, one_line
-from jaxdiff.models import norm, products
+from jaxdiff.models import attention, norm, products
 from jaxdiff.models.layers import FORMS
 from jaxdiff.models.norm import Norm
 
@@ -36,6 +36,7 @@ PRODUCTS = [  # batch, positions, channels of the parts, features
     *[(512, 1024, (256, 128), 128), (512, 1024, (128, 128), 128), (512, 256, (256, 256), 256)],
     *[(64, 16384, (128, 128), 128), (64, 4096, (256, 128), 128)],
 ]
+ATTENTION = [(512, 256, 4), (64, 256, 6), (64, 512, 8)]  # batch, positions, heads of 64 channels
 DTYPE = jnp.bfloat16
 
 
@@ -151,6 +152,17 @@ def convolution_row(form: str, shape: tuple[int, ...], features: int) -> list[st
     return [f"{' x '.join(map(str, shape))} to {features}, {name}", *(f"{a:.3f} / {b:.3f}" for a, b in times)]
 
 
+def attention_row(batch: int, positions: int, heads: int) -> list[str]:
+    """Attention's row of the table, "plain" by cuDNN on a GPU; "fast" is empty where it has no kernels of ours."""
+    inputs = [jnp.roll(draw(batch, positions, heads, 64), i, axis=0) for i in range(4)]
+    on_gpu = jax.default_backend() == "gpu"
+    plain = functools.partial(jax.nn.dot_product_attention, implementation="cudnn" if on_gpu else "xla")
+    own = attention.attention_kernel(DTYPE, 64, positions, positions) == "ours"
+    forms = [plain, *([functools.partial(attention.attend_by_tiles, False)] if own else [])]
+    times = [" / ".join(f"{t:.3f}" for t in both_ways(form, inputs[:3], inputs[3])) for form in forms]
+    return [f"{batch} x {positions} x {heads} heads of 64", *times, *[""] * (2 - len(times))]
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -166,10 +178,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         columns = ("forward / backward, ms", *args.tiles.split(","))
         print(markdown(columns, [tile_row(*shape, tiles) for shape in NORMS]))
         return
-    works = NORMS, PRODUCTS, CONVOLUTIONS
+    works = NORMS, PRODUCTS, CONVOLUTIONS, ATTENTION
     if args.tiny:
-        works = [(2, 64, (64,))], [(2, 64, (64, 32), 128)], [("up", (2, 4, 4, 8), 8)]
-    norms, sums, convolutions = works
+        works = [(2, 64, (64,))], [(2, 64, (64, 32), 128)], [("up", (2, 4, 4, 8), 8)], [(2, 64, 1)]
+    norms, sums, convolutions, attentions = works
     speed = copy_speed(2**16 if args.tiny else 2**27)
     print(f"{jax.devices()[0].device_kind}: a copy reads and writes {speed / 1e12:.2f} TB/s\n")
     rows = [norm_row(*shape, speed) for shape in norms]
@@ -177,7 +189,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     rows = [product_row(*shape, speed) for shape in sums]
     print(markdown(("Sum of products, forward / backward", "plain, ms", "fast, ms", "traffic, ms"), rows), "\n")
     rows = [convolution_row(*shape) for shape in convolutions]
-    print(markdown(("3x3 convolution, forward / backward", "plain, ms", "fast, ms"), rows))
+    print(markdown(("3x3 convolution, forward / backward", "plain, ms", "fast, ms"), rows), "\n")
+    rows = [attention_row(*shape) for shape in attentions]
+    print(markdown(("Attention, forward / backward", "plain, ms", "fast, ms"), rows))
 
 
 if __name__ == "__main__":

@@ -141,7 +141,12 @@ def each_product(
 
 
 def _each(x: Array, kernels: tuple[Array, ...], biases: tuple[Array | None, ...]) -> tuple[Array, ...]:
-    return tuple(add_products([x], [kernel], bias) for kernel, bias in zip(kernels, biases, strict=True))
+    results: list[Array] = []
+    for kernel, bias in zip(kernels, biases, strict=True):
+        # With barriers, for XLA would make one product of several, where they are small, and copy its pieces.
+        one, results = jax.lax.optimization_barrier((x, results))
+        results = [*results, add_products([one], [kernel], bias)]
+    return tuple(results)
 
 
 def _each_forward(x: Array, kernels: tuple[Array, ...], biases: tuple[Array | None, ...]) -> Any:
