@@ -114,9 +114,9 @@ def project_convolve(
 def convolve_few(
     x: Float[Array, "batch h w c"], kernel: Float[Array, "3 3 c features"]
 ) -> Float[Array, "batch h w features"]:
-    """3x3 convolution with padding 1 of few channels: in half precision on a GPU of 16, with zeros, which is faster.
+    """3x3 convolution with padding 1 of few channels, in half precision on a GPU filled up to 16 with zeros: faster.
 
-    The gradient of the kernel is faster of the few.
+    Not so for the gradient of the kernel, which is that of the few.
     """
     few = x.shape[-1]
     if few < 16 and forms.for_gpu() and x.dtype in HALF:
