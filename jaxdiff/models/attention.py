@@ -13,20 +13,21 @@ from jaxdiff.models.layers import DEFAULT_KERNEL, ZEROS, Dtype
 from jaxdiff.models.norm import GroupNorm, Lacking, Map, Owing, settle
 from jaxdiff.models.products import HALF, add_products, each_product
 
+TILE = 64  # positions that flash kernels take at a time
 LONGEST = 512  # positions, for kernels of our own
 
 
 def attention_kernel(dtype: Dtype, head_dim: int, q_len: int, kv_len: int) -> Literal["ours", "cudnn", "xla"]:
     """Which kernels attend: "ours", or those of `jax.nn.dot_product_attention`, "cudnn" where they apply, else "xla".
 
-    cuDNN's take half precision and head sizes that are multiples of 8 up to 128. They tile the sequence by 64, so
+    cuDNN's take half precision and head sizes that are multiples of 8 up to 128. They tile the sequence by `TILE`, so
     that shorter ones are left to XLA, which fuses them into two small matrix products. Ours are faster, by their
     backward pass, on Hopper GPUs for sequences of whole tiles that are not long.
     """
     half = jnp.dtype(dtype) in HALF
-    if not (forms.for_gpu() and half and min(q_len, kv_len) >= 64):
+    if not (forms.for_gpu() and half and min(q_len, kv_len) >= TILE):
         return "xla"
-    whole = q_len % 64 == 0 and kv_len % 64 == 0 and max(q_len, kv_len) <= LONGEST
+    whole = q_len % TILE == 0 and kv_len % TILE == 0 and max(q_len, kv_len) <= LONGEST
     if norm.has_kernel() and forms.capability() == 9.0 and head_dim == 64 and whole:
         return "ours"
     return "cudnn" if head_dim % 8 == 0 and head_dim <= 128 else "xla"

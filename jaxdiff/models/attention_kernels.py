@@ -18,9 +18,9 @@ from jax.experimental.pallas import triton
 from jaxtyping import Array, Float
 
 from jaxdiff.models import splitting
+from jaxdiff.models.attention import TILE  # of a block of threads, and of what it reads at a time: 128 was slower
 
-SOURCE = zlib.crc32(pathlib.Path(str(__file__)).read_bytes())
-TILE = 64  # positions of a block of threads, and of what it reads at a time: larger ones were slower
+SOURCE = zlib.crc32(pathlib.Path(__file__).read_bytes())
 WARPS, STAGES = 4, 3  # of 32 threads; what is in shared memory at once, of what is read
 
 
@@ -63,8 +63,7 @@ def forward(
         log_ref[head, rows] = largest + jnp.log2(weight)
 
     outputs = [jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct((b, h, n), jnp.float32)]
-    y, log = _call(attention_forward, n, [q, k, v], outputs, interpret, products=2)
-    return y, log
+    return tuple(_call(attention_forward, n, [q, k, v], outputs, interpret, products=2))
 
 
 @functools.partial(jax.jit, static_argnames="interpret")

@@ -50,7 +50,7 @@ class Lacking(NamedTuple):
     bias: Float[Array, " c"]
 
 
-Stream = Owing | Lacking
+Stream = Owing | Lacking  # what blocks hand on
 Map = Float[Array, "*rest c"] | Stream
 
 
