@@ -63,22 +63,24 @@ def _forward(norm: Norm, blocks: Blocks, parts: tuple[Array, ...], offset: Array
             u = x.astype(jnp.float32) * slope[None, :] + constant[None, :]
             return u * tiles.sigmoid(u) if norm.silu else u
 
-        totals, read_again = tiles.sums(read, moments, 2)
-        total, square = totals
+        # What comes next is under way before the threads wait for each other to sum: these, and the first tile again.
+        totals, tile = tiles.sums(read, moments, 2, wrap=True)
+        vectors = tiles.vector(p_ref), tiles.vector(q_ref)
+        total, square = tiles.over_rows(totals)
         own = over(lambda total, shift: total / positions + shift, total, shift)
         mean = tiles.group_mean(over(lambda own: positions * own, own))
         squares = tiles.group_mean(over(about, square, total, own, mean))
         inv = over(lambda square: jax.lax.rsqrt(jnp.maximum(square, 0.0) + norm.eps), squares)
         for ref, values in zip(stats_refs, (mean, inv, own), strict=False):
             tiles.store_vector(ref, values)
-        slope = over(jnp.multiply, inv, tiles.vector(p_ref))
-        constant = over(lambda q, s, m, a: q + (s - m) * a, tiles.vector(q_ref), shift, mean, slope)
+        slope = over(jnp.multiply, inv, vectors[0])
+        constant = over(lambda q, s, m, a: q + (s - m) * a, vectors[1], shift, mean, slope)
 
         def write(step: Any, tile: list[Array]) -> list[list[Array]]:
             tiles.store(y_ref, step, over(scaled, tile, slope, constant))
             return []
 
-        tiles.sums(read_again, write, 0)
+        tiles.sums(read, write, 0, tile)
 
     stats = jax.ShapeDtypeStruct((batch, sum(widths)), jnp.float32)
     y = jax.ShapeDtypeStruct((batch, positions, sum(widths)), norm.dtype)
@@ -166,7 +168,9 @@ def _backward(
             """The sum over the positions of what the norm sends back."""
             return inv * (scale * dq - positions * (first + apart * inv * second))
 
-        (dq, dp), read_again = tiles.sums(read, products, 2)
+        last = tiles.steps - 1
+        totals, tile = tiles.sums(read, products, 2)
+        dq, dp = tiles.over_rows(totals)
         tiles.store_vector(refs_out[-1], dp, 0)
         tiles.store_vector(refs_out[-1], dq, 1)
         first, second = (tiles.group_mean(over(jnp.multiply, scale, d)) for d in (dq, dp))
@@ -187,10 +191,9 @@ def _backward(
             return [over(functools.partial(tiles.mask_rows, step), dx)] if total else []
 
         # The last tiles first: they may still be in the cache. (Forward, where there is half as much, it does not pay.)
-        last = tiles.steps - 1
-        sums, _ = tiles.sums(lambda i: read_again(last - i), lambda i, tile: write(last - i, tile), int(total))
+        sums, _ = tiles.sums(lambda i: read(last - i), lambda i, tile: write(last - i, tile), int(total), tile)
         if total:
-            tiles.store_vector(refs_out[-1], sums[0], rows.shape[1] - 1)
+            tiles.store_vector(refs_out[-1], tiles.over_rows(sums)[0], rows.shape[1] - 1)
 
     rows = jax.ShapeDtypeStruct((batch, 2 + (offset is not None) + total, channels), jnp.float32)
     inputs = [dy, *parts, *jax.tree.leaves(kept), *([] if offset is None else [offset]), p, q, *stats]

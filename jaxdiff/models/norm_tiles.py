@@ -164,30 +164,34 @@ class Tiles:
             triton.store(ref, value.astype(ref.dtype), mask=mask)
 
     def sums(
-        self, read: Callable[[Any], Any], quantities: Callable[[Any, Any], Sequence[Any]], count: int
-    ) -> tuple[list[list[Float[Array, " columns"]]], Callable[[Any], Any]]:
-        """Sums over all positions of the `count` `quantities(step, read(step))`, and what to read with from now on.
+        self,
+        read: Callable[[Any], Any],
+        quantities: Callable[[Any, Any], Sequence[Any]],
+        count: int,
+        first: Any = None,
+        wrap: bool = False,
+    ) -> tuple[list[list[Float[Array, "rows columns"]]], Any]:
+        """Of the `count` `quantities(step, tile)` the sums of all tiles, and the tile that is read last.
 
-        `quantities` may write as well. Where there is but one tile it is kept, and not read again.
+        The tile of a step is `read(step)`, that of step 0 `first` where given. The next one is read while one is worked
+        on: beside the last one that itself, or with `wrap` that of step 0. `quantities` may write as well.
         """
+        tile = read(0) if first is None else first
         if self.steps == 1:
-            tile = read(0)
-            return jax.tree.map(lambda value: value.sum(axis=0), quantities(0, tile)), lambda _: tile
-
-        def add(step: Any, tile: Any, totals: Any) -> Any:
-            return jax.tree.map(jnp.add, totals, quantities(step, tile))
-
-        zeros = [[jnp.zeros((self.blocks.rows, piece.size), jnp.float32) for piece in self.pieces]] * count
-        return jax.tree.map(lambda total: total.sum(axis=0), self._loop(read, add, zeros)), read
-
-    def _loop(self, read: Callable[[Any], Any], body: Callable[[Any, Any, Any], Any], carry: Any) -> Any:
-        """`carry = body(step, read(step), carry)` for all steps; the next tile is read while one is worked on."""
+            return list(quantities(0, tile)), tile
 
         def turn(step: Any, state: Any) -> Any:
-            following = read(jnp.minimum(step + 1, self.steps - 1))
-            return following, body(step, *state)
+            tile, totals = state
+            following = read(jax.lax.rem(step + 1, self.steps) if wrap else jnp.minimum(step + 1, self.steps - 1))
+            return following, jax.tree.map(jnp.add, totals, quantities(step, tile))
 
-        return jax.lax.fori_loop(0, self.steps, turn, (read(0), carry))[1]
+        zeros = [[jnp.zeros((self.blocks.rows, piece.size), jnp.float32) for piece in self.pieces]] * count
+        tile, totals = jax.lax.fori_loop(0, self.steps, turn, (tile, zeros))
+        return totals, tile
+
+    def over_rows(self, totals: Sequence[Sequence[Array]]) -> list[list[Float[Array, " columns"]]]:
+        """Their sums over the rows of a tile."""
+        return [[total.sum(axis=0) for total in pieces] for pieces in totals]
 
     def group_mean(self, values: Sequence[Float[Array, " columns"]]) -> list[Float[Array, " columns"]]:
         """Each channel's mean of its group, of sums over the positions."""
