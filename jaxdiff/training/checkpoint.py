@@ -1,10 +1,13 @@
 """Checkpoints of a workdir: written while training goes on, the best and the last few kept."""
 
+import functools
 import math
 import pathlib
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental.layout import Format, Layout
 from orbax.checkpoint import checkpoint_managers as policies
@@ -30,6 +33,35 @@ def state_items(state: TrainState) -> dict[str, Any]:
     return {name: part for name, field in STATE_ITEMS.items() if (part := getattr(state, field)) != ()}
 
 
+@functools.cache
+def _laid_out(formats: tuple[Format, ...]) -> Any:
+    return jax.jit(lambda *arrays: arrays, out_shardings=formats)
+
+
+def in_order(tree: Any) -> Any:
+    """The arrays without the layouts that kernels have on a GPU, of which Orbax need not know."""
+    leaves, structure = jax.tree.flatten(tree)
+    orders = [tuple(range(x.ndim)) for x in leaves]
+    odd = [i for i, x in enumerate(leaves) if x.format.layout.major_to_minor != orders[i]]
+    if odd:  # one program for all: array by array it takes seconds to compile
+        formats = tuple(Format(Layout(orders[i]), leaves[i].sharding) for i in odd)
+        for i, x in zip(odd, _laid_out(formats)(*(leaves[i] for i in odd)), strict=True):
+            leaves[i] = x
+    return jax.tree.unflatten(structure, leaves)
+
+
+def on_host(tree: Any) -> Any:
+    """Copies of the arrays of this process's devices in the host's memory, as NumPy has them."""
+    if jax.default_backend() == "cpu":
+        return jax.tree.map(np.array, tree)
+
+    def pinned(x: jax.Array) -> Any:
+        return x.sharding.with_memory_kind("pinned_host")
+
+    tree = in_order(jax.tree.map(lambda x: x.addressable_data(0) if x.is_fully_replicated else x, tree))
+    return jax.tree.map(np.asarray, jax.block_until_ready(jax.device_put(tree, jax.tree.map(pinned, tree))))
+
+
 class Checkpoints:
     """The folder `workdir/checkpoints`, an Orbax CheckpointManager.
 
@@ -50,7 +82,16 @@ class Checkpoints:
             preservation_policy=policy, create=writing, read_only=not writing, cleanup_tmp_directories=writing
         )
         names = (*STATE_ITEMS, "meta")
-        self._manager = ocp.CheckpointManager(self.folder, options=options, item_names=names)
+        self._orbax = ocp.CheckpointManager(self.folder, options=options, item_names=names)
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._saving: Future[Any] | None = None
+
+    @property
+    def _manager(self) -> ocp.CheckpointManager:
+        """Orbax's, which has what was saved; what went wrong in that is raised here."""
+        if self._saving:
+            self._saving.result()
+        return self._orbax
 
     @property
     def latest(self) -> int | None:
@@ -68,24 +109,19 @@ class Checkpoints:
         if step in self._manager.all_steps():
             return
 
-        def one_copy(x: Any) -> Any:
-            # Orbax has every device write a slice of what all of them hold: on one host, thousands of tiny copies.
-            return x.addressable_data(0) if x.is_fully_replicated and jax.process_count() == 1 else x
-
-        def in_order(x: Any) -> Any:
-            # Orbax moves memory to the host, and need not know of the layouts that kernels have on a GPU.
-            order = tuple(range(x.ndim))
-            if x.format.layout.major_to_minor == order:
-                return x
-            return jax.device_put(x, Format(Layout(order), x.sharding))
-
-        def tree(part: Any) -> ocp.args.StandardSave:
-            return ocp.args.StandardSave(jax.tree.map(lambda x: in_order(one_copy(x)), part))
-
-        items = ocp.args.Composite(
-            **{name: tree(part) for name, part in state_items(state).items()}, meta=ocp.args.JsonSave(meta)
+        items = state_items(state)
+        alone = jax.process_count() == 1
+        items = {name: ocp.args.StandardSave(x) for name, x in (on_host if alone else in_order)(items).items()}
+        save = functools.partial(
+            self._orbax.save,
+            step,
+            args=ocp.args.Composite(**items, meta=ocp.args.JsonSave(meta)),
+            metrics={MONITOR: min(val_loss, 1e30)},
         )
-        self._manager.save(step, args=items, metrics={MONITOR: min(val_loss, 1e30)})
+        if alone:  # what Orbax does with a thousand arrays before it writes takes seconds
+            self._saving = self._thread.submit(save)
+        else:
+            save()
 
     def restore(self, abstract: TrainState) -> tuple[TrainState, dict[str, Any]]:
         """Newest state, in the shapes and shardings of `abstract`, and its meta."""
@@ -136,3 +172,4 @@ class Checkpoints:
     def close(self) -> None:
         """Finish writing and release the folder."""
         self._manager.close()
+        self._thread.shutdown()

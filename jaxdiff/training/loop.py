@@ -1,5 +1,6 @@
 """The training loop of one stage: restore, step, log, validate, save, stop in good order."""
 
+import contextlib
 import pathlib
 import signal
 from typing import Any, NamedTuple
@@ -156,7 +157,7 @@ def fit(
     )
     pending: tuple[int, dict[str, Any]] | None = None
     least = None
-    with StopSignal() as stop:
+    with StopSignal() as stop, contextlib.closing(checkpoints):  # it waits for what is being saved, come what may
         for done, batch in enumerate(batches, start + 1):
             if compiling:  # waited for ahead of the first step, so that no step's time has it in it
                 compiled, seconds = compiling.result()
@@ -196,12 +197,10 @@ def fit(
             if not last and (done == stop_at or checkpoints.should_stop(done, stop.signum)):
                 read(done, metrics)
                 save(done)
-                checkpoints.close()
                 logger.close()
                 raise Stopped(done, total, stop.signum or (0 if done == stop_at else signal.SIGTERM))
         if pending:
             read(*pending)
-    checkpoints.close()
     logger.close()
     if stop.signum:  # while the last step was saved, or its samples drawn
         raise Stopped(total, total, stop.signum)

@@ -1,13 +1,17 @@
 """Checkpoints: what is kept, what comes back, and what is said when there is none."""
 
+import threading
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
+from jax.experimental.layout import Format, Layout
 
 from jaxdiff import mesh as meshes
 from jaxdiff.errors import ConfigError
-from jaxdiff.training.checkpoint import Checkpoints
+from jaxdiff.training.checkpoint import Checkpoints, in_order
 from jaxdiff.training.optimizer import make_optimizer
 from jaxdiff.training.step import TrainState
 
@@ -99,3 +103,43 @@ def test_saving_a_step_twice_keeps_the_first(tmp_path):
     checkpoints.save(state_at(10), {"n": 2}, 1.0)
     assert checkpoints.meta() == {"n": 1}
     checkpoints.close()
+
+
+def test_training_goes_on_while_a_checkpoint_is_saved(tmp_path, monkeypatch):
+    """What is written is the state as it was, whatever becomes of its memory; and whoever reads waits for it."""
+    go, save = threading.Event(), ocp.CheckpointManager.save
+
+    def slowly(*args, **options):
+        assert go.wait(60)
+        return save(*args, **options)
+
+    monkeypatch.setattr(ocp.CheckpointManager, "save", slowly)
+    checkpoints, state, want = Checkpoints(tmp_path, keep=2), state_at(10), jax.device_get(state_at(10))
+    checkpoints.save(state, {}, 1.0)
+    reused = jax.jit(lambda s: jax.tree.map(jnp.zeros_like, s), donate_argnums=0)(state)
+    go.set()
+    got, _ = checkpoints.restore(abstract(reused))
+    jax.tree.map(np.testing.assert_array_equal, got, want)
+    checkpoints.close()
+
+
+def test_what_goes_wrong_while_saving_is_raised(tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise OSError("No space left on device")
+
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    monkeypatch.setattr(ocp.CheckpointManager, "save", fail)
+    checkpoints.save(state_at(10), {}, 1.0)
+    for use in (checkpoints.wait, lambda: checkpoints.save(state_at(20), {}, 1.0), checkpoints.close):
+        with pytest.raises(OSError, match="No space left"):
+            use()
+
+
+def test_arrays_in_order():
+    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    plain = jnp.arange(24.0).reshape(2, 3, 4)
+    state = {"odd": jax.device_put(plain, Format(Layout((2, 0, 1)), sharding)), "plain": plain}
+    got = in_order(state)
+    assert state["odd"].format.layout.major_to_minor == (2, 0, 1) and got["plain"] is plain
+    assert got["odd"].format.layout.major_to_minor == (0, 1, 2)
+    np.testing.assert_array_equal(got["odd"], plain)

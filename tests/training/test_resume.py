@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import time
 
 import jax
 import numpy as np
@@ -103,6 +104,24 @@ def test_killed_after_a_checkpoint(tiny, tmp_path, whole, monkeypatch):
     assert_same(workdir, whole)
 
 
+def test_an_error_just_after_a_checkpoint_leaves_it(tiny, tmp_path, monkeypatch):
+    def fail(self, step, signum):
+        if step == 8:
+            raise OSError("the folder of images is gone")
+        return False
+
+    def slowly(self, *args, **options):
+        time.sleep(0.5)
+        return manager_save(self, *args, **options)
+
+    manager_save = ocp.CheckpointManager.save
+    monkeypatch.setattr(ocp.CheckpointManager, "save", slowly)
+    monkeypatch.setattr(Checkpoints, "should_stop", fail)
+    with pytest.raises(OSError, match="is gone"):
+        run_train(config_of(tiny), tmp_path)
+    assert Checkpoints(tmp_path).steps == [8]
+
+
 @pytest.mark.parametrize(("at", "saved"), [(6, 7), (STEPS, STEPS)])
 def test_sigterm_saves_and_stops(tiny, tmp_path, monkeypatch, at, saved):
     workdir = tmp_path / "run"
@@ -149,7 +168,7 @@ def test_kernels_that_lie_as_on_a_gpu(tiny, tmp_path, whole, monkeypatch):
 
     def save(self, number, *, args, **options):
         arrays = jax.tree.leaves([args[name].item for name in set(args.keys()) & set(STATE_ITEMS)])
-        assert all(x.format.layout.major_to_minor == tuple(range(x.ndim)) for x in arrays)
+        assert all(isinstance(x, np.ndarray) for x in arrays)
         return manager_save(self, number, args=args, **options)
 
     for module in (step, loop):
