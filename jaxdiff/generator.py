@@ -76,7 +76,7 @@ class Generator:
         if weak is not None:
             self._weak_network = weak.network
         static = ("guided", "limited", "clip", "parts")
-        self._run = jax.jit(self._draw, static_argnames=static)
+        self._run = jax.jit(self._draw, static_argnames=(*static, "together"))
         self._run_watched = jax.jit(
             self._watch, static_argnames=(*static, "steps"), out_shardings=meshes.batch_sharding(mesh)
         )
@@ -109,7 +109,7 @@ class Generator:
         # Every batch has the same size, so that there is one program and image k does not depend on n.
         size = -(-settings.batch_size // self.mesh.size) * self.mesh.size
         rows = {name: np.pad(row, (0, -len(row) % size), mode="edge") for name, row in rows.items()}
-        flags = self._flags(settings)
+        flags = self._flags(settings) | {"together": diffusion.evaluations_together(plan)}
         out = []
         for first in range(0, len(rows["index"]), size):
             batch = meshes.put_batch({name: row[first : first + size] for name, row in rows.items()}, self.mesh)
@@ -196,10 +196,12 @@ class Generator:
         limited: bool,
         clip: bool,
         parts: tuple[int, int],
+        together: int,
     ) -> UInt8[Array, "batch h w 3"]:
         model = self._model(params, others, asked, guided, limited)
         keys = diffusion.sample_keys(asked.key, asked.rows["index"])
-        x = diffusion.sample(model, asked.plan, diffusion.initial_noise(keys, self.shape), keys, clip=clip)
+        x = diffusion.initial_noise(keys, self.shape)
+        x = diffusion.sample(model, asked.plan, x, keys, clip=clip, together=together)
         return self._to_images(x, others, parts)
 
     def _watch(

@@ -115,6 +115,9 @@ def test_one_program_for_all_steps_weights_samplers_and_spacings(generator, para
     ):
         assert (draw(generator, params, config, labels, **change) != first).any(), change
     assert generator._run._cache_size() == 1
+    for steps in (10, 20):  # of multiples of ten there is another
+        draw(generator, params, config, labels, steps=steps, guidance=1.5)
+    assert generator._run._cache_size() == 2
 
 
 def test_image_k_depends_on_seed_and_k_alone(generator, params, config):

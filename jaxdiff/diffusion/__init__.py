@@ -4,7 +4,7 @@ from jaxdiff.diffusion.continuous import Edm, Flow
 from jaxdiff.diffusion.guidance import autoguided, classifier_free, guide, rescale, within
 from jaxdiff.diffusion.loop import Output, State, begin, denoise_step, initial_noise, sample, sample_keys, trajectory
 from jaxdiff.diffusion.losses import WEIGHTINGS, squared_error, weight_of
-from jaxdiff.diffusion.plan import Churn, Plan, Process, Row, make_plan, plan_row
+from jaxdiff.diffusion.plan import Churn, Plan, Process, Row, evaluations_together, make_plan, plan_row
 from jaxdiff.diffusion.predictions import PREDICTIONS, Target, to_eps, to_target, to_x0
 from jaxdiff.diffusion.process import learned_fraction, p_mean_variance, q_posterior, q_sample
 from jaxdiff.diffusion.samplers import SAMPLERS
@@ -44,6 +44,7 @@ __all__ = [
     "begin",
     "classifier_free",
     "denoise_step",
+    "evaluations_together",
     "extract",
     "guide",
     "initial_noise",

@@ -70,17 +70,24 @@ def denoise_step(
     return State(following, x, x0, state.last), x0
 
 
+def _noise(plan: Plan, keys: PRNGKeyArray, x: Images, i: Int[Array, " k"]) -> Float[Array, "k batch *shape"]:
+    """Standard normal numbers of the evaluations i; zeros, which nobody draws, where none of them adds noise."""
+
+    def draw(keys: PRNGKeyArray) -> Images:
+        def one(i: Array, key: PRNGKeyArray) -> Array:
+            return jax.random.normal(jax.random.fold_in(key, i), x.shape[1:], x.dtype)
+
+        return jax.vmap(jax.vmap(one, (None, 0)), (0, None))(i, keys)
+
+    noisy = (plan_row(plan, i).rule.noise > 0).any()
+    return jax.lax.cond(noisy, draw, lambda keys: jnp.zeros((*i.shape, *x.shape), x.dtype), keys)
+
+
 def _step(
-    model: Model, plan: Plan, keys: PRNGKeyArray, clip: bool, recompute_eps: bool, i: Array, state: State
+    model: Model, plan: Plan, clip: bool, recompute_eps: bool, i: Array, state: State, z: Images
 ) -> tuple[State, Images]:
     row, x = plan_row(plan, i), state.x
     output = model(row.input_scale * x, jnp.full(x.shape[:1], row.time))
-
-    def draw(keys: PRNGKeyArray) -> Images:
-        return jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, i), x.shape[1:], x.dtype))(keys)
-
-    # Deterministic samplers, and every sampler's last step, draw nothing.
-    z = jax.lax.cond(row.rule.noise > 0, draw, lambda keys: jnp.zeros_like(x), keys)
     return denoise_step(row, state, output, z, clip=clip, recompute_eps=recompute_eps)
 
 
@@ -91,19 +98,33 @@ def _prepared(model: Model, plan: Plan, x: Images) -> Model:
 
 
 def sample(
-    model: Model, plan: Plan, x_init: Images, keys: PRNGKeyArray, *, clip: bool, recompute_eps: bool = True
+    model: Model,
+    plan: Plan,
+    x_init: Images,
+    keys: PRNGKeyArray,
+    *,
+    clip: bool,
+    recompute_eps: bool = True,
+    together: int = 1,
 ) -> Images:
     """x after all steps of the plan, from standard normal x_init: one loop on the device, whose length is traced.
 
     Args: model(x, t) -> what the plan's `prediction` says, for x scaled as it says; keys, one a sample (`sample_keys`);
-      clip, recompute_eps as in `denoise_step`.
+      clip, recompute_eps as in `denoise_step`; together, static: evaluations, of which there are a multiple, until the
+      host sees whether there are more and whether they add noise, for which a GPU waits (`evaluations_together`).
     """
     model = _prepared(model, plan, x_init)
 
-    def body(i: Array, state: State) -> State:
-        return _step(model, plan, keys, clip, recompute_eps, i, state)[0]
+    def turn(number: Array, state: State) -> State:
+        first = together * number
+        z = _noise(plan, keys, state.x, first + jnp.arange(together))
 
-    return jax.lax.fori_loop(0, plan.num_steps, body, begin(plan.initial_scale * x_init)).x
+        def body(j: Array, state: State) -> State:
+            return _step(model, plan, clip, recompute_eps, first + j, state, z[j])[0]
+
+        return jax.lax.fori_loop(0, together, body, state)
+
+    return jax.lax.fori_loop(0, plan.num_steps // together, turn, begin(plan.initial_scale * x_init)).x
 
 
 def trajectory(
@@ -120,7 +141,8 @@ def trajectory(
     model = _prepared(model, plan, x_init)
 
     def body(state: State, i: Array) -> tuple[State, tuple[Images, Images]]:
-        state, x0 = _step(model, plan, keys, clip, recompute_eps, i, state)
+        (z,) = _noise(plan, keys, state.x, i[None])
+        state, x0 = _step(model, plan, clip, recompute_eps, i, state, z)
         return state, (state.x, x0)
 
     return jax.lax.scan(body, begin(plan.initial_scale * x_init), jnp.arange(num_steps))[1]

@@ -149,6 +149,11 @@ def make_plan(
     return Plan(jnp.asarray(len(now), jnp.int32), jnp.asarray(scale, jnp.float32), rows)
 
 
+def evaluations_together(plan: Plan) -> int:
+    """10 where a plan, whose numbers are known, has a multiple of as many evaluations, else 1: see `sample`."""
+    return 10 if int(plan.num_steps) % 10 == 0 else 1
+
+
 def _churned(now: Rows, churn: Churn) -> tuple[Rows, Float64[np.ndarray, " n"]]:
     """The levels raised by churn, and the deviations of the noise that raises them, with a 0 for the end."""
     sigma = now[:, 2]

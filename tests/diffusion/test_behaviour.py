@@ -190,6 +190,16 @@ def draw(count, steps=10, eta=1.0, place=lambda x: x):
     return np.asarray(run(indices))
 
 
+@pytest.mark.parametrize(("sampler", "steps", "together"), [("ddpm", 20, 10), ("ddim", 20, 10), ("ddpm", 7, 1)])
+def test_evaluations_together_are_those_one_by_one(sampler, steps, together):
+    plan = df.make_plan(SCHEDULE, sampler, steps=steps)
+    assert df.evaluations_together(plan) == together
+    keys = df.sample_keys(KEY, jnp.arange(3))
+    x = df.initial_noise(keys, (4, 4, 1))
+    run = jax.jit(lambda k: df.sample(toy_model, plan, x, keys, clip=True, together=k), static_argnums=0)
+    np.testing.assert_allclose(run(together), run(1), rtol=1e-5, atol=1e-6)
+
+
 def test_sample_k_does_not_depend_on_batch_size_or_devices():
     whole = draw(8)
     np.testing.assert_allclose(draw(3), whole[:3], rtol=1e-5)
