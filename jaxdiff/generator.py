@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
-from jaxtyping import Array, Int, UInt8
+from jaxtyping import Array, Float, Int, Int32, UInt8
 from ml_collections import ConfigDict
 
 from jaxdiff import diffusion, images
@@ -18,6 +18,7 @@ from jaxdiff.config.fields import guidance_weights
 from jaxdiff.data.latents import Whitening
 from jaxdiff.keys import named_key
 from jaxdiff.models import Network, decode_in_parts, decode_tiled
+from jaxdiff.packing import Packing, pack, unpack
 
 
 class Decoder(NamedTuple):
@@ -35,22 +36,38 @@ class Weak(NamedTuple):
 
 
 class Asked(NamedTuple):
-    """What is drawn, all of it traced: the sampler's plan, the key, a row for each image (index, label, guidance), and
-    the interval and the rescaling of guidance."""
+    """What is drawn, all of it traced: the sampler's plan, the seed, and guidance's interval and rescaling."""
 
     plan: diffusion.Plan
-    key: Array
-    rows: dict[str, Array]
+    seed: Any
     interval: tuple[Any, Any]
     phi: Any
+
+
+class Rows(NamedTuple):
+    """Of each image its number, its class and the weight of guidance."""
+
+    number: Int[Array, " n"]
+    label: Int[Array, " n"]
+    guidance: Float[Array, " n"]
+
+
+def table_of(number: Any, label: Any, guidance: Any) -> Int32[np.ndarray, "n 3"]:
+    """`Rows` as one array."""
+    return np.stack([np.asarray(number, np.int32), np.asarray(label, np.int32), np.float32(guidance).view(np.int32)], 1)
+
+
+def rows_of(table: Int32[Array, "n 3"]) -> Rows:
+    """The rows of that."""
+    return Rows(table[:, 0], table[:, 1], jax.lax.bitcast_convert_type(table[:, 2], jnp.float32))
 
 
 class Generator:
     """Draws images from the parameters of a network, guided by the null class or by a weak model.
 
     Timesteps, coefficients, eta, and the guidance's weight, interval and rescaling are traced: only the batch size,
-    clipping, the parts of decoding, and whether there is guidance, or an interval of it, make another program. Image k
-    is a function of (seed, k) and its label.
+    clipping, the parts of decoding, whether there is guidance, or an interval of it, and whether the evaluations are a
+    multiple of ten make another program. Image k is a function of (seed, k) and its label.
     """
 
     def __init__(
@@ -75,7 +92,7 @@ class Generator:
             self._whitening = decoder.whitening
         if weak is not None:
             self._weak_network = weak.network
-        static = ("guided", "limited", "clip", "parts")
+        static = ("packing", "guided", "limited", "clip", "parts")
         self._run = jax.jit(self._draw, static_argnames=(*static, "together"))
         self._run_watched = jax.jit(
             self._watch, static_argnames=(*static, "steps"), out_shardings=meshes.batch_sharding(mesh)
@@ -101,19 +118,17 @@ class Generator:
         """The same images at every weight of `settings.guidance`, from the same noise and by one program."""
         plan = build_plan(self.config, settings)
         weights, n = guidance_weights(settings), len(labels)
-        rows = {
-            "index": np.tile(np.arange(n, dtype=np.int32), len(weights)),
-            "label": np.tile(np.asarray(labels, np.int32), len(weights)),
-            "guidance": np.repeat(np.array(weights, np.float32), n),
-        }
+        number, label = np.tile(np.arange(n), len(weights)), np.tile(np.asarray(labels), len(weights))
+        rows = table_of(number, label, np.repeat(weights, n))
         # Every batch has the same size, so that there is one program and image k does not depend on n.
         size = -(-settings.batch_size // self.mesh.size) * self.mesh.size
-        rows = {name: np.pad(row, (0, -len(row) % size), mode="edge") for name, row in rows.items()}
-        flags = self._flags(settings) | {"together": diffusion.evaluations_together(plan)}
+        rows = np.pad(rows, ((0, -len(rows) % size), (0, 0)), mode="edge")
+        asked, flags = self._asked(plan, settings)
+        flags["together"] = diffusion.evaluations_together(plan)
         out = []
-        for first in range(0, len(rows["index"]), size):
-            batch = meshes.put_batch({name: row[first : first + size] for name, row in rows.items()}, self.mesh)
-            out.append(meshes.to_host(self._run(params, self._others, self._asked(plan, settings, batch), **flags)))
+        for first in range(0, len(rows), size):
+            batch = meshes.put_batch(rows[first : first + size], self.mesh)
+            out.append(meshes.to_host(self._run(params, self._others, asked, batch, **flags)))
         samples = np.concatenate(out)[: len(weights) * n]
         return samples.reshape(len(weights), n, *samples.shape[1:])
 
@@ -124,30 +139,25 @@ class Generator:
         the step and "x0" that is predicted in it, both decoded where they are latents; at the first weight."""
         plan = build_plan(self.config, settings)
         n, w = len(labels), guidance_weights(settings)[0]
-        rows = {
-            "index": np.arange(n, dtype=np.int32),
-            "label": np.asarray(labels, np.int32),
-            "guidance": np.full(n, w, np.float32),
-        }
-        rows = {name: np.pad(row, (0, -n % self.mesh.size), mode="edge") for name, row in rows.items()}
+        rows = table_of(np.arange(n), labels, np.full(n, w))
+        rows = np.pad(rows, ((0, -n % self.mesh.size), (0, 0)), mode="edge")
         steps = tuple(int(i) for i in np.unique(np.linspace(0, int(plan.num_steps) - 1, frames).round()))
-        asked = self._asked(plan, settings, meshes.put_batch(rows, self.mesh))
-        x_t, x0 = meshes.to_host(self._run_watched(params, self._others, asked, steps=steps, **self._flags(settings)))
+        asked, flags = self._asked(plan, settings)
+        batch = meshes.put_batch(rows, self.mesh)
+        x_t, x0 = meshes.to_host(self._run_watched(params, self._others, asked, batch, steps=steps, **flags))
         return {
             "t": np.asarray(plan.rows.time)[list(steps)],
             "x_t": x_t[:n].swapaxes(0, 1),
             "x0": x0[:n].swapaxes(0, 1),
         }
 
-    @staticmethod
-    def _asked(plan: diffusion.Plan, settings: ConfigDict, rows: dict[str, Array]) -> Asked:
-        interval = tuple(settings.guidance_interval) or (0, 0)
-        return Asked(plan, named_key(settings.seed, "sample"), rows, interval, settings.guidance_rescale)
-
-    @staticmethod
-    def _flags(settings: ConfigDict) -> dict[str, Any]:
-        """What makes another program."""
-        return {
+    def _asked(self, plan: diffusion.Plan, settings: ConfigDict) -> tuple[Array, dict[str, Any]]:
+        """What is asked for, packed, and what makes another program."""
+        low, high = map(np.float32, settings.guidance_interval or (0, 0))
+        seed = np.int64(settings.seed).astype(np.int32)  # as jax.random.key takes it
+        packed, packing = pack(Asked(plan, seed, (low, high), np.float32(settings.guidance_rescale)))
+        return meshes.put_replicated(packed, self.mesh), {
+            "packing": packing,
             "guided": any(guidance_weights(settings)),
             "limited": bool(settings.guidance_interval),
             "clip": settings.clip,
@@ -166,13 +176,13 @@ class Generator:
         return apply
 
     def _model(
-        self, params: Any, others: dict[str, Any], asked: Asked, guided: bool, limited: bool
+        self, params: Any, others: dict[str, Any], asked: Asked, rows: Rows, guided: bool, limited: bool
     ) -> Callable[[Array, Array], Any]:
         """(x, t) -> prediction, for the labels and weights that are asked for."""
         apply = self.apply_fn(self.network, params)
 
         def plain(x: Array, t: Array) -> Any:
-            return apply(x, t, asked.rows["label"])
+            return apply(x, t, rows.label)
 
         def with_guidance(x: Array, t: Array) -> Any:
             if others["weak"] is None:
@@ -180,7 +190,7 @@ class Generator:
             else:
                 weak = self.apply_fn(self._weak_network, others["weak"])
                 model = diffusion.autoguided(apply, weak, phi=asked.phi)
-            return model(x, t, asked.rows["label"], asked.rows["guidance"])
+            return model(x, t, rows.label, rows.guidance)
 
         if guided and limited:
             return diffusion.within(asked.interval, with_guidance, plain)
@@ -190,16 +200,19 @@ class Generator:
         self,
         params: Any,
         others: dict[str, Any],
-        asked: Asked,
+        packed: Array,
+        table: Array,
         *,
+        packing: Packing,
         guided: bool,
         limited: bool,
         clip: bool,
         parts: tuple[int, int],
         together: int,
     ) -> UInt8[Array, "batch h w 3"]:
-        model = self._model(params, others, asked, guided, limited)
-        keys = diffusion.sample_keys(asked.key, asked.rows["index"])
+        asked, rows = unpack(packed, packing), rows_of(table)
+        model = self._model(params, others, asked, rows, guided, limited)
+        keys = diffusion.sample_keys(named_key(asked.seed, "sample"), rows.number)
         x = diffusion.initial_noise(keys, self.shape)
         x = diffusion.sample(model, asked.plan, x, keys, clip=clip, together=together)
         return self._to_images(x, others, parts)
@@ -208,16 +221,19 @@ class Generator:
         self,
         params: Any,
         others: dict[str, Any],
-        asked: Asked,
+        packed: Array,
+        table: Array,
         *,
+        packing: Packing,
         guided: bool,
         limited: bool,
         clip: bool,
         parts: tuple[int, int],
         steps: tuple[int, ...],
     ) -> tuple[UInt8[Array, "batch k h w 3"], UInt8[Array, "batch k h w 3"]]:
-        model = self._model(params, others, asked, guided, limited)
-        keys = diffusion.sample_keys(asked.key, asked.rows["index"])
+        asked, rows = unpack(packed, packing), rows_of(table)
+        model = self._model(params, others, asked, rows, guided, limited)
+        keys = diffusion.sample_keys(named_key(asked.seed, "sample"), rows.number)
         x = diffusion.initial_noise(keys, self.shape)
         after, x0 = diffusion.trajectory(model, asked.plan, x, keys, num_steps=steps[-1] + 1, clip=clip)
         before = jnp.concatenate([asked.plan.initial_scale * x[None], after[:-1]])

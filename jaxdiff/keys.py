@@ -3,9 +3,9 @@
 import zlib
 
 import jax
-from jaxtyping import PRNGKeyArray
+from jaxtyping import Array, Int, PRNGKeyArray
 
 
-def named_key(seed: int, name: str) -> PRNGKeyArray:
+def named_key(seed: int | Int[Array, ""], name: str) -> PRNGKeyArray:
     """Key of the random stream `name` of a run with `seed`; draws of step k use `fold_in(named_key(...), k)`."""
     return jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode()))

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Float64, Int
+from jaxtyping import Array, Float, Float32, Float64, Int
 
 from jaxdiff.diffusion.predictions import PREDICTIONS
 from jaxdiff.diffusion.samplers import SAMPLERS, Path, Rule
@@ -59,10 +59,10 @@ class Row(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """`num_steps` evaluations, the deviation of the x that they begin with, and their rows, padded."""
+    """`num_steps` evaluations, the deviation of the x that they begin with, and their rows, padded; on the host."""
 
-    num_steps: Int[Array, ""]
-    initial_scale: Float[Array, ""]
+    num_steps: Int[Array, ""] | np.int32
+    initial_scale: Float[Array, ""] | np.float32
     rows: Row
 
 
@@ -139,14 +139,14 @@ def make_plan(
     )
     padding = -len(now) % PADDED
 
-    def pad(x: Any) -> Float[Array, " rows"]:
-        return jnp.asarray(np.pad(np.broadcast_to(x, len(now)), (0, padding)), jnp.float32)
+    def pad(x: Any) -> Float32[np.ndarray, " rows"]:
+        return np.pad(np.broadcast_to(x, len(now)), (0, padding)).astype(np.float32)
 
     rows = jax.tree.map(pad, row)
     if discrete:
-        rows = rows._replace(time=rows.time.astype(jnp.int32))
+        rows = rows._replace(time=rows.time.astype(np.int32))
     scale = 1.0 if discrete else s[0]  # the noisiest timestep counts as pure noise, as everywhere
-    return Plan(jnp.asarray(len(now), jnp.int32), jnp.asarray(scale, jnp.float32), rows)
+    return Plan(np.int32(len(now)), np.float32(scale), rows)
 
 
 def evaluations_together(plan: Plan) -> int:
@@ -177,7 +177,7 @@ def plan_row(plan: Plan, i: Int[Array, "*index"], ndim: int = 0) -> Row:
     """The row(s) i of a plan, with axes of size 1 appended up to `ndim`."""
 
     def at(table: Array) -> Array:
-        row = table[i]
+        row = jnp.asarray(table)[i]
         return row.reshape(row.shape + (1,) * max(0, ndim - row.ndim)) if row.ndim else row
 
     return jax.tree.map(at, plan.rows)
