@@ -39,7 +39,7 @@ class Asked(NamedTuple):
     """What is drawn, all of it traced: the sampler's plan, the seed, and guidance's interval and rescaling."""
 
     plan: diffusion.Plan
-    seed: Any
+    seed: Int[Array, ""] | np.int32
     interval: tuple[Any, Any]
     phi: Any
 

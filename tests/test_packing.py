@@ -2,6 +2,7 @@
 
 import jax
 import numpy as np
+import pytest
 
 from jaxdiff.packing import pack, unpack
 
@@ -20,3 +21,9 @@ def test_a_tree_comes_back_to_the_bit():
     for mine, theirs in zip(jax.tree.leaves(got), jax.tree.leaves(tree), strict=True):
         assert mine.dtype == theirs.dtype and mine.shape == theirs.shape
         assert np.asarray(mine).tobytes() == theirs.tobytes()
+
+
+@pytest.mark.parametrize("number", [1.5, np.int64(3), np.zeros(2, np.float16)])
+def test_numbers_of_other_sizes_are_refused(number):
+    with pytest.raises(TypeError, match=r"an array of (float64|int64|float16): must be of 32 bits"):
+        pack({"a": np.int32(1), "b": number})

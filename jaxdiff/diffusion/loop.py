@@ -112,7 +112,10 @@ def sample(
     Args: model(x, t) -> what the plan's `prediction` says, for x scaled as it says; keys, one a sample (`sample_keys`);
       clip, recompute_eps as in `denoise_step`; together, static: evaluations, of which there are a multiple, until the
       host sees whether there are more and whether they add noise, for which a GPU waits (`evaluations_together`).
+    Raises: ValueError where the number of evaluations is known and is no multiple of `together`.
     """
+    if not isinstance(plan.num_steps, jax.core.Tracer) and plan.num_steps % together:
+        raise ValueError(f"together = {together}: must divide the plan's {plan.num_steps} evaluations")
     model = _prepared(model, plan, x_init)
 
     def turn(number: Array, state: State) -> State:

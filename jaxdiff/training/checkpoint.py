@@ -56,6 +56,7 @@ def on_host(tree: Any) -> Any:
     def pinned(x: jax.Array) -> Any:
         return x.sharding.with_memory_kind("pinned_host")
 
+    # One copy of what all devices hold.
     tree = in_order(jax.tree.map(lambda x: x.addressable_data(0) if x.is_fully_replicated else x, tree))
     return jax.tree.map(np.asarray, jax.block_until_ready(jax.device_put(tree, jax.tree.map(pinned, tree))))
 

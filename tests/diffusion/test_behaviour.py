@@ -200,6 +200,12 @@ def test_evaluations_together_are_those_one_by_one(sampler, steps, together):
     np.testing.assert_allclose(run(together), run(1), rtol=1e-5, atol=1e-6)
 
 
+def test_evaluations_that_would_be_left_out_are_an_error():
+    plan, keys = df.make_plan(SCHEDULE, steps=25), df.sample_keys(KEY, jnp.arange(1))
+    with pytest.raises(ValueError, match="together = 10: must divide the plan's 25 evaluations"):
+        df.sample(toy_model, plan, jnp.zeros((1, 4, 4, 1)), keys, clip=True, together=10)
+
+
 def test_sample_k_does_not_depend_on_batch_size_or_devices():
     whole = draw(8)
     np.testing.assert_allclose(draw(3), whole[:3], rtol=1e-5)

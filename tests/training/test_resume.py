@@ -168,7 +168,7 @@ def test_kernels_that_lie_as_on_a_gpu(tiny, tmp_path, whole, monkeypatch):
 
     def save(self, number, *, args, **options):
         arrays = jax.tree.leaves([args[name].item for name in set(args.keys()) & set(STATE_ITEMS)])
-        assert all(isinstance(x, np.ndarray) for x in arrays)
+        assert all(isinstance(x, np.ndarray) and x.flags.c_contiguous for x in arrays)
         return manager_save(self, number, args=args, **options)
 
     for module in (step, loop):
