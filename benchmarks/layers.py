@@ -6,8 +6,9 @@
 
 Bfloat16. The backward pass is the gradients of all inputs, as the difference to both passes in one program. "traffic"
 is what the arrays of a norm, or of a sum of products, take to be read and written once at the speed of a large copy,
-which is measured first. A tile is its elements x the channels of a block at least x the elements of a thread, in
-`models/norm_tiles.py`.
+which is measured first. "from float32" is how far a convolution and its gradients are from those of float32: of the
+worst of these the root mean square difference, as a share of its own. A tile is its elements x the channels of a block
+at least x the elements of a thread, in `models/norm_tiles.py`.
 """
 
 import argparse
@@ -20,13 +21,18 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks.harness import markdown, one_line
-from jaxdiff.models import attention, norm, products
+from jaxdiff.models import attention, convolutions, norm, products
 from jaxdiff.models.layers import FORMS
 from jaxdiff.models.norm import Norm
 
 NORMS = [  # batch, positions, channels of the parts
     *[(512, 1024, (128,)), (512, 1024, (256, 128)), (512, 1024, (128, 128)), (512, 256, (256,))],
     *[(512, 256, (256, 256)), (512, 64, (256,)), (64, 16384, (128,)), (64, 16384, (128, 128)), (64, 4096, (256,))],
+]
+ADDED = [  # batch, height and width, channels, features, channels of maps whose products are added; (): a map itself
+    *[(512, 32, 128, 128, ()), (512, 32, 384, 128, None), (512, 32, 128, 128, (256, 128)), (512, 16, 256, 256, ())],
+    *[(512, 16, 256, 256, (256, 256)), (512, 8, 256, 256, ()), (512, 4, 256, 256, (256, 256))],
+    *[(64, 128, 128, 128, ()), (64, 64, 256, 128, None), (64, 16, 384, 384, ()), (64, 8, 512, 512, (512, 512))],
 ]
 CONVOLUTIONS = [  # form, shape of the input, features
     *[("up", (512, 16, 16, 256), 256), ("up", (64, 32, 32, 256), 256), ("up", (64, 64, 64, 128), 128)],
@@ -141,6 +147,42 @@ def product_row(batch: int, positions: int, widths: Sequence[int], features: int
     ]
 
 
+def added_row(batch: int, side: int, channels: int, features: int, widths: Sequence[int] | None) -> list[str]:
+    """The row of a convolution with what is added to it, a bias too; of None nothing at all."""
+    x, kernel = draw(batch, side, side, channels), draw(3, 3, channels, features) / 3 / channels**0.5
+    bias = None if widths is None else draw(features, dtype=jnp.float32)
+    residual = draw(batch, side, side, features) if widths == () else None
+    parts = tuple(draw(batch, side, side, width) for width in widths or ())
+    inputs = x, kernel, bias, residual, parts, tuple(draw(width, features) / width**0.5 for width in widths or ())
+    gradient = draw(batch, side, side, features)
+
+    def form(of_kernel: bool) -> Callable[..., Any]:
+        return (lambda *a: convolutions.convolve_add(*a)[0]) if of_kernel else convolutions.reference
+
+    def results(function: Callable[..., Any], dtype: Any) -> Any:
+        def compute(inputs: Any, gradient: jax.Array) -> Any:
+            wide = jax.tree.map(lambda a: a.astype(dtype) if a.dtype == DTYPE else a, (inputs, gradient))
+            y, backward = jax.vjp(function, *wide[0])
+            return jax.tree.leaves((y, backward(wide[1])))
+
+        return jax.jit(compute)(inputs, gradient)
+
+    with jax.default_matmul_precision("highest"):
+        exact = results(convolutions.reference, jnp.float32)
+
+    def distance(a: jax.Array, b: jax.Array) -> jax.Array:
+        return jnp.sqrt(jnp.mean(jnp.square(a.astype(jnp.float32) - b)) / jnp.mean(jnp.square(b)))
+
+    times, far = [], []
+    for own in [False, *([True] if convolutions.has_kernel(x, features) else [])]:
+        times.append(" / ".join(f"{t:.3f}" for t in both_ways(form(own), inputs, gradient)))
+        found = results(form(own), DTYPE)
+        far.append(f"{max(float(distance(a, b)) for a, b in zip(found, exact, strict=True)):.1e}")
+    added = {None: "", (): ", bias and residual"}.get(widths, f", bias and {' + '.join(map(str, widths or ()))}")
+    name = f"{batch} x {side} x {side} x {channels} to {features}{added}"
+    return [name, *times, *[""] * (2 - len(times)), " / ".join(far)]
+
+
 def convolution_row(form: str, shape: tuple[int, ...], features: int) -> list[str]:
     """A convolution's row of the table."""
     x, kernel = draw(*shape), draw(3, 3, shape[-1], features, dtype=jnp.float32)
@@ -178,17 +220,21 @@ def main(argv: Sequence[str] | None = None) -> None:
         columns = ("forward / backward, ms", *args.tiles.split(","))
         print(markdown(columns, [tile_row(*shape, tiles) for shape in NORMS]))
         return
-    works = NORMS, PRODUCTS, CONVOLUTIONS, ATTENTION
+    works = NORMS, PRODUCTS, ADDED, CONVOLUTIONS, ATTENTION
     if args.tiny:
-        works = [(2, 64, (64,))], [(2, 64, (64, 32), 128)], [("up", (2, 4, 4, 8), 8)], [(2, 64, 1)]
-    norms, sums, convolutions, attentions = works
+        added = [(2, 4, 8, 8, None), (2, 4, 8, 8, ()), (2, 4, 8, 8, (8, 4))]
+        works = [(2, 64, (64,))], [(2, 64, (64, 32), 128)], added, [("up", (2, 4, 4, 8), 8)], [(2, 64, 1)]
+    norms, sums, with_added, others, attentions = works
     speed = copy_speed(2**16 if args.tiny else 2**27)
     print(f"{jax.devices()[0].device_kind}: a copy reads and writes {speed / 1e12:.2f} TB/s\n")
     rows = [norm_row(*shape, speed) for shape in norms]
     print(markdown(("GroupNorm and SiLU, forward / backward", "plain, ms", "fast, ms", "traffic, ms"), rows), "\n")
     rows = [product_row(*shape, speed) for shape in sums]
     print(markdown(("Sum of products, forward / backward", "plain, ms", "fast, ms", "traffic, ms"), rows), "\n")
-    rows = [convolution_row(*shape) for shape in convolutions]
+    rows = [added_row(*shape) for shape in with_added]
+    columns = ("3x3 convolution, forward / backward", "plain, ms", "fast, ms", "from float32, plain / fast")
+    print(markdown(columns, rows), "\n")
+    rows = [convolution_row(*shape) for shape in others]
     print(markdown(("3x3 convolution, forward / backward", "plain, ms", "fast, ms"), rows), "\n")
     rows = [attention_row(*shape) for shape in attentions]
     print(markdown(("Attention, forward / backward", "plain, ms", "fast, ms"), rows))

@@ -50,7 +50,7 @@ gpu_device_info {{
 }}
 """
 KINDS = {
-    "ours": r"gpu\.triton",
+    "ours": r"gpu\.triton|mosaic_gpu",
     "convolutions": r"cudnn\$conv",
     "attention": r"fmha",
     "products": r"cublas|gemm_fusion",

@@ -165,5 +165,5 @@ class Attention(nn.Module):
             q, k = (nn.RMSNorm(dtype=self.dtype, name=f"norm_{n}")(a) for n, a in (("q", q), ("k", k)))
         h = attend(q, k, v, self.chunk).reshape(b, height * width, c)
         proj = Output(c, self.dtype, ZEROS if self.zero_init else DEFAULT_KERNEL, name="proj")
-        y, bias = proj(h, v_bias, x.reshape(b, height * width, c))
-        return Owing(y.reshape(b, height, width, c), bias)
+        out = proj(h, v_bias, x.reshape(b, height * width, c))
+        return Owing(out.x.reshape(b, height, width, c), out.bias)

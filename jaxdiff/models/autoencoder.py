@@ -42,7 +42,7 @@ class Encoder(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "batch h w 3"]) -> Float[Array, "batch hf wf 2z"]:
-        h: Stream = owe(*Conv3x3(self.channels, self.dtype, form="first", bias_apart=True, name="conv_in")(x))
+        h: Stream = owe(Conv3x3(self.channels, self.dtype, form="first", bias_apart=True, name="conv_in")(x))
         for i, mult in enumerate(self.channel_mult):
             width = self.channels * mult
             for j in range(self.num_res_blocks):
@@ -70,7 +70,7 @@ class Decoder(nn.Module):
     @nn.compact
     def __call__(self, z: Float[Array, "batch hf wf z"]) -> Float[Array, "batch h w out"]:
         width = self.channels * self.channel_mult[-1]
-        h: Stream = owe(*Conv3x3(width, self.dtype, form="first", bias_apart=True, name="conv_in")(z))
+        h: Stream = owe(Conv3x3(width, self.dtype, form="first", bias_apart=True, name="conv_in")(z))
         h = _middle(h, self.norm_groups, self.dtype)
         for i, mult in reversed(list(enumerate(self.channel_mult))):
             width = self.channels * mult

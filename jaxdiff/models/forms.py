@@ -33,3 +33,8 @@ def capability() -> float:
         return CAPABILITY
     text = getattr(jax.local_devices()[0], "compute_capability", "") if for_gpu() else ""
     return float(text) if text.replace(".", "").isdigit() else 0.0
+
+
+def multiprocessors() -> int:
+    """Of the GPU that programs are for."""
+    return 132 if CAPABILITY is not None else jax.local_devices()[0].core_count

@@ -12,8 +12,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxdiff.models import forms
-from jaxdiff.models.norm import GroupNorm, Lacking, Map, Owing, add_bias, missing
-from jaxdiff.models.products import HALF, add_products
+from jaxdiff.models.convolutions import LAYOUT, convolve_add
+from jaxdiff.models.norm import GroupNorm, Lacking, Map, Owing, Settled, add_bias, missing, sums_of
+from jaxdiff.models.products import HALF
 
 Dtype = Any
 ZEROS = nn.initializers.zeros_init()
@@ -34,9 +35,9 @@ def timestep_embedding(
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
 
-def owe(x: Float[Array, "*rest c"], bias: Float[Array, " c"]) -> Owing:
-    """x + bias, whose gradient for the bias comes from whoever uses it."""
-    return Owing(add_bias(x, jax.lax.stop_gradient(bias)), bias)
+def owe(x: Lacking) -> Owing:
+    """With its bias, the gradient of which comes from whoever uses the map."""
+    return Owing(add_bias(x.x, jax.lax.stop_gradient(x.bias)), x.bias)
 
 
 def convolve(
@@ -46,8 +47,8 @@ def convolve(
     stride: int = 1,
 ) -> Float[Array, "batch h2 w2 features"]:
     """Convolution, in the dtype of x."""
-    layout, strides = ("NHWC", "HWIO", "NHWC"), (stride, stride)
-    return jax.lax.conv_general_dilated(x, kernel.astype(x.dtype), strides, padding, dimension_numbers=layout)
+    kernel = kernel.astype(x.dtype)
+    return jax.lax.conv_general_dilated(x, kernel, (stride, stride), padding, dimension_numbers=LAYOUT)
 
 
 def upsample_convolve(
@@ -135,7 +136,7 @@ def strided(padding: tuple[int, int]) -> Callable[[Array, Array], Array]:
 
 Form = Literal["plain", "down", "down_after", "up", "first", "few"]
 FORMS: dict[str, tuple[Callable[[Array, Array], Array], Callable[[Array, Array], Array]]] = {  # fast, plain
-    "plain": (convolve, convolve),
+    "plain": (lambda x, kernel: convolve_add(x, kernel)[0], convolve),
     "down": (strided((1, 1)), strided((1, 1))),
     "down_after": (strided((0, 1)), strided((0, 1))),
     "up": (upsample_convolve, lambda x, kernel: convolve(upsample(x), kernel)),
@@ -150,7 +151,7 @@ class Conv3x3(nn.Module):
     Attributes:
       form: "plain"; "down" = with stride 2; "down_after" = so, and padded on the bottom and on the right alone; "up" =
         of the image upsampled by 2; "first" = of few channels; "few" = float32 of few features, see `project_convolve`.
-      bias_apart: returns (without bias, bias), for a norm that adds it.
+      bias_apart: returns what lacks the bias, for a norm that adds it.
     """
 
     features: int
@@ -160,19 +161,32 @@ class Conv3x3(nn.Module):
     bias_apart: bool = False
 
     @nn.compact
-    def __call__(self, x: Float[Array, "batch h w c"]) -> Any:
+    def __call__(
+        self,
+        x: Float[Array, "batch h w c"],
+        offset: Float[Array, " features"] | None = None,
+        **added: Any,
+    ) -> Any:
+        """The result; in the plain form, with what `convolve_add` adds, owing the bias plus an offset."""
         shape = (3, 3, x.shape[-1], self.features)
         kernel = self.param("kernel", ZEROS if self.zero else DEFAULT_KERNEL, shape)
         bias = self.param("bias", ZEROS, shape[-1:])
-        function = FORMS[self.form][1 if forms.plain() else 0]
-        y = function(x.astype(self.dtype), kernel)
-        return (y, bias) if self.bias_apart else add_bias(y, bias)
+        x, sums = x.astype(self.dtype), None
+        if added:
+            bias = bias if offset is None else bias + offset
+            y, sums = convolve_add(x, kernel, jax.lax.stop_gradient(bias), **added)
+            return Owing(y, bias, sums)
+        if self.form == "plain":
+            y, sums = convolve_add(x, kernel)
+        else:
+            y = FORMS[self.form][1 if forms.plain() else 0](x, kernel)
+        return Lacking(y, bias, sums) if self.bias_apart else add_bias(y, bias)
 
 
 class Conv1x1(nn.Module):
-    """1x1 convolution of a concatenation, plus an offset, of parameters `kernel` and `bias`: (without bias, bias).
+    """What a 1x1 convolution of a concatenation, plus an offset, has for each part: (kernels, bias).
 
-    The concatenation is not made, and the offset [c] is added to the bias instead.
+    Of parameters `kernel` and `bias`. The products are whoever's that adds them; the offset [c] is in the bias.
     """
 
     features: int
@@ -180,15 +194,13 @@ class Conv1x1(nn.Module):
 
     @nn.compact
     def __call__(
-        self, parts: Sequence[Float[Array, "batch h w _"]], offset: Float[Array, " c"] | None = None
-    ) -> tuple[Float[Array, "batch h w features"], Float[Array, " features"]]:
-        widths = [part.shape[-1] for part in parts]
+        self, widths: Sequence[int], offset: Float[Array, " c"] | None = None
+    ) -> tuple[list[Float[Array, "_ features"]], Float[Array, " features"]]:
         kernel = self.param("kernel", DEFAULT_KERNEL, (1, 1, sum(widths), self.features))[0, 0]
         bias = self.param("bias", ZEROS, (self.features,))
         if offset is not None:
             bias = bias + offset @ kernel
-        kernels = jnp.split(kernel.astype(self.dtype), list(itertools.accumulate(widths))[:-1])
-        return add_products([part.astype(self.dtype) for part in parts], kernels), bias
+        return jnp.split(kernel.astype(self.dtype), list(itertools.accumulate(widths))[:-1]), bias
 
 
 def upsample(x: Float[Array, "batch h w c"]) -> Float[Array, "batch 2*h 2*w c"]:
@@ -228,37 +240,40 @@ class ResBlock(nn.Module):
         x: Sequence[Map],
         emb: Float[Array, "batch d"] | None = None,
         deterministic: bool = True,
-    ) -> tuple[Owing, list[Float[Array, "batch h w _"]]]:
+    ) -> tuple[Owing, list[Settled]]:
         def norm(name: str) -> GroupNorm:
             return GroupNorm(self.norm_groups, self.eps, self.dtype, silu=True, name=name)
 
-        h, parts, seen = norm("norm_in")(x)
+        h, parts, others = norm("norm_in")(x)
+        seen = [Settled(other, sums_of(part)) for other, part in zip(others, x, strict=True)]
         if self.resample == "down":
             h = average_pool(h)
         if self.resample:
             parts = [(upsample if self.resample == "up" else average_pool)(part) for part in parts]
         form: Form = "up" if self.resample == "up" else "plain"
-        h, bias = Conv3x3(self.features, self.dtype, form=form, bias_apart=True, name="conv_in")(h)
+        h = Conv3x3(self.features, self.dtype, form=form, bias_apart=True, name="conv_in")(h)
 
-        offset, scale, shift = bias[None], None, None
+        offset, scale, shift = None, None, None
         if emb is not None:
             width = self.features * (2 if self.scale_shift_norm else 1)
             e = nn.Dense(width, dtype=self.dtype, name="emb")(nn.silu(emb))
             if self.scale_shift_norm:
                 scale, shift = jnp.split(e, 2, axis=-1)
             else:
-                offset = offset + e
+                offset = e
         h, *_ = norm("norm_out")((h,), offset, scale, shift)
         h = nn.Dropout(self.dropout, deterministic=deterministic)(h)
-        h, bias = Conv3x3(self.features, self.dtype, zero=self.zero_init, bias_apart=True, name="conv_out")(h)
-        if sum(part.shape[-1] for part in parts) == self.features:
-            skip, skip_bias = jnp.concatenate(parts, axis=-1), missing(x)
-        else:
-            skip, skip_bias = Conv1x1(self.features, self.dtype, name="skip")(parts, missing(x))
-        if skip_bias is not None:
-            bias = bias + skip_bias
-        # What cuDNN's convolutions add themselves: a vector, and a map.
-        return Owing(skip + add_bias(h, jax.lax.stop_gradient(bias)), bias), seen
+        parts, widths, offset = (
+            [part.astype(self.dtype) for part in parts],
+            [part.shape[-1] for part in parts],
+            missing(x),
+        )
+        added: dict[str, Any] = {"residual": jnp.concatenate(parts, axis=-1)}
+        if sum(widths) != self.features:
+            kernels, offset = Conv1x1(self.features, self.dtype, name="skip")(widths, offset)
+            added = {"parts": parts, "kernels": kernels}
+        h = Conv3x3(self.features, self.dtype, zero=self.zero_init, name="conv_out")(h, offset, **added)
+        return h, seen
 
 
 class Downsample(nn.Module):
@@ -271,7 +286,7 @@ class Downsample(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "batch h w c"]) -> Owing:
         form: Form = "down" if self.padding == (1, 1) else "down_after"
-        return owe(*Conv3x3(self.features, self.dtype, form=form, bias_apart=True, name="conv")(x))
+        return owe(Conv3x3(self.features, self.dtype, form=form, bias_apart=True, name="conv")(x))
 
 
 class Upsample(nn.Module):
@@ -282,7 +297,7 @@ class Upsample(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "batch h w c"]) -> Lacking:
-        return Lacking(*Conv3x3(self.features, self.dtype, form="up", bias_apart=True, name="conv")(x))
+        return Conv3x3(self.features, self.dtype, form="up", bias_apart=True, name="conv")(x)
 
 
 def count_params(params: Any) -> int:

@@ -32,8 +32,19 @@ class Norm(NamedTuple):
     interpret: bool = False
 
 
+# Of a map, over some of its positions each: each channel's sum, and that of its squares.
+Sums = Float[Array, "batch some 2 c"]
+
+
+class Settled(NamedTuple):
+    """A map, and its sums where whoever made it had them at hand."""
+
+    x: Float[Array, "*rest c"]
+    sums: Sums | None = None
+
+
 class Owing(NamedTuple):
-    """A map, and the bias [C] that has been added to it as a constant.
+    """A map, the bias [C] that has been added to it as a constant, and maybe its sums.
 
     The bias's gradient, a sum over all positions of the map's, is left to `settle`, or to a norm, which computes it
     beside its own. It is whole only if all who use the map take what that one returns.
@@ -41,22 +52,30 @@ class Owing(NamedTuple):
 
     x: Float[Array, "*rest c"]
     bias: Float[Array, " c"]
+    sums: Sums | None = None
 
 
 class Lacking(NamedTuple):
-    """A map, and the bias [C] that is yet to be added to it: by whoever uses it, where something is added anyway."""
+    """A map, the bias [C] that is yet to be added to it, by whoever uses it, where something is added anyway, and maybe
+    its sums."""
 
     x: Float[Array, "*rest c"]
     bias: Float[Array, " c"]
+    sums: Sums | None = None
 
 
-Stream = Owing | Lacking  # what blocks hand on
+Stream = Owing | Lacking | Settled  # what blocks hand on
 Map = Float[Array, "*rest c"] | Stream
 
 
 def bare(x: Map) -> Float[Array, "*rest c"]:
     """The map itself."""
     return x.x if isinstance(x, Stream) else x
+
+
+def sums_of(x: Map) -> Sums | None:
+    """The map's sums, where they are known."""
+    return x.sums if isinstance(x, Stream) else None
 
 
 def missing(parts: Sequence[Map]) -> Float[Array, " c"] | None:
@@ -85,8 +104,13 @@ def _(primals: Any, tangents: Any) -> Any:
 def settle(x: Map) -> Float[Array, "*rest c"]:
     """The map, with the gradient of the bias that it may owe, and the bias that it may lack."""
     if isinstance(x, Lacking):
-        return add_bias(*x)
-    return _pay(*x) if isinstance(x, Owing) else x
+        return add_bias(x.x, x.bias)
+    return _pay(x.x, x.bias) if isinstance(x, Owing) else bare(x)
+
+
+def keep(x: Map) -> Settled:
+    """`settle(x)`, and its sums where they are known."""
+    return Settled(settle(x), None if isinstance(x, Lacking) else sums_of(x))
 
 
 @functools.cache
@@ -133,10 +157,13 @@ class GroupNorm(nn.Module):
         if offset is not None:
             offset = offset.astype(jnp.float32)
         if (lacked := missing(parts)) is not None:
-            offset = lacked[None] if offset is None else offset + lacked
+            offset = lacked[None] if offset is None else offset + lacked[None]
         norm = Norm(math.gcd(self.groups, channels), self.eps, self.silu, jnp.dtype(self.dtype), INTERPRET)
         flat = tuple(x.reshape(b, h * w, -1) for x in maps)
-        y, *uses = (normalise if has_kernel() else reference)(norm, flat, offset, p, q, owed)
+        found = [sums_of(part) for part in parts]
+        sums = tuple(s for s in found if s is not None)
+        known = sums if len(sums) == len(parts) else ()
+        y, *uses = (normalise if has_kernel() else reference)(norm, flat, offset, p, q, owed, known)
         own, others = ([x.reshape(b, h, w, -1) for x in use] for use in uses)
         return y.reshape(b, h, w, channels), own, others
 
@@ -148,11 +175,14 @@ def reference(
     p: Float[Array, "#b c"],
     q: Float[Array, "#b c"],
     owed: tuple[Array | None, ...] = (),
+    sums: tuple[Sums, ...] = (),
 ) -> tuple[Float[Array, "b n c"], tuple[Array, ...], tuple[Array, ...]]:
     """act(p x + q) of the normalised concatenation [B, N, C] plus offset, and the parts twice; left to XLA.
 
-    Offset, p and q are [B, C], or [1, C] for all images; `owed` is () or what each part owes, if it does.
+    Offset, p and q are [B, C], or [1, C] for all images; `owed` is () or what each part owes, if it does; `sums`, () or
+    those of all parts, are constants, and not used here.
     """
+    del sums
     if owed:
         parts = tuple(x if bias is None else _pay(x, bias) for x, bias in zip(parts, owed, strict=True))
     x = jnp.concatenate(parts, axis=-1).astype(jnp.float32)
@@ -175,25 +205,27 @@ def normalise(
     p: Float[Array, "#b c"],
     q: Float[Array, "#b c"],
     owed: tuple[Array | None, ...] = (),
+    sums: tuple[Sums, ...] = (),
 ) -> tuple[Float[Array, "b n c"], tuple[Array, ...], tuple[Array, ...]]:
-    """`reference` by the kernels of `jaxdiff.models.norm_kernels`."""
+    """`reference` by the kernels of `jaxdiff.models.norm_kernels`: forward's does not sum where the sums are known."""
     from jaxdiff.models import norm_kernels  # Pallas takes a second to import
 
-    return norm_kernels.forward(norm, parts, offset, p, q)[0], parts, parts
+    return norm_kernels.forward(norm, parts, offset, p, q, sums)[0], parts, parts
 
 
 def _forward(norm: Norm, *primals: Any) -> Any:
     from jaxdiff.models import norm_kernels
 
-    *inputs, owed = jax.tree.map(lambda a: a.value, primals, is_leaf=lambda a: isinstance(a, CustomVJPPrimal))
-    y, stats = norm_kernels.forward(norm, *inputs)
-    return (y, inputs[0], inputs[0]), (*inputs, stats, owed)
+    values = jax.tree.map(lambda a: a.value, primals, is_leaf=lambda a: isinstance(a, CustomVJPPrimal))
+    parts, offset, p, q, owed, sums = values
+    y, stats = norm_kernels.forward(norm, parts, offset, p, q, sums)
+    return (y, parts, parts), (parts, offset, p, q, stats, owed, (None,) * len(sums))
 
 
 def _backward(norm: Norm, saved: Any, gradients: Any) -> Any:
     from jaxdiff.models import norm_kernels
 
-    parts, offset, p, q, stats, owed = saved
+    parts, offset, p, q, stats, owed, no_sums = saved
     dy, *uses = jax.tree.map(lambda g: None if isinstance(g, SymbolicZero) else g, gradients)
     if dy is None:
         dy = jnp.zeros(gradients[0].shape, gradients[0].dtype)
@@ -206,7 +238,7 @@ def _backward(norm: Norm, saved: Any, gradients: Any) -> Any:
     if total:
         paid = jnp.split(sums[-1], list(itertools.accumulate(part.shape[-1] for part in parts))[:-1])
         owed = tuple(None if b is None else g.astype(b.dtype) for b, g in zip(owed, paid, strict=True))
-    return tuple(dparts), doffset[0] if doffset else None, dp, dq, owed
+    return tuple(dparts), doffset[0] if doffset else None, dp, dq, owed, no_sums
 
 
 normalise.defvjp(_forward, _backward, symbolic_zeros=True)

@@ -17,39 +17,53 @@ from jax.experimental.pallas import triton
 from jaxtyping import Array, Float
 
 from jaxdiff.models import norm_tiles, splitting
-from jaxdiff.models.norm import Norm
-from jaxdiff.models.norm_tiles import Blocks, Piece, Tiles, cut, each_place, over
+from jaxdiff.models.norm import Norm, Sums
+from jaxdiff.models.norm_tiles import Blocks, Piece, Tiles, cut, each_place, over, segments_of
 
 SOURCE = [zlib.crc32(pathlib.Path(str(file)).read_bytes()) for file in (__file__, norm_tiles.__file__)]
 
 
-def forward(norm: Norm, parts: Sequence[Array], offset: Array | None, p: Array, q: Array) -> tuple[Array, list[Array]]:
+def forward(
+    norm: Norm, parts: Sequence[Array], offset: Array | None, p: Array, q: Array, sums: Sequence[Sums] = ()
+) -> tuple[Array, list[Array]]:
     """y [B, N, C], and [B, C] of each channel: its group's mean and 1 / standard deviation, and maybe its own mean.
 
     That with an offset only. See `norm.normalise`.
     """
-    blocks = cut(parts[0].shape[1], sum(part.shape[-1] for part in parts), norm.groups, backward=False)
-    y, *stats = _forward(norm, blocks, tuple(parts), offset, p, q)
+    blocks = cut(parts[0].shape[1], sum(part.shape[-1] for part in parts), norm.groups, False, bool(sums))
+    y, *stats = _forward(norm, blocks, tuple(parts), offset, p, q, tuple(sums))
     return y, stats
 
 
 # Jitted, here and below, so that norms of the same shapes are traced and lowered once for all of them.
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _forward(norm: Norm, blocks: Blocks, parts: tuple[Array, ...], offset: Array | None, p: Array, q: Array) -> Any:
+def _forward(
+    norm: Norm,
+    blocks: Blocks,
+    parts: tuple[Array, ...],
+    offset: Array | None,
+    p: Array,
+    q: Array,
+    sums: tuple[Sums, ...],
+) -> Any:
     widths, (batch, positions, _) = [part.shape[-1] for part in parts], parts[0].shape
     count = len(parts)
+    segments = segments_of(blocks, positions) if sums else 1
 
     def group_norm_forward(*refs: Any) -> None:
         each_place(blocks, widths, functools.partial(body, refs))
 
     def body(refs: Any, pieces: list[Piece], place: Any) -> None:
         (y_ref, *stats_refs), refs = refs[-len(outputs) :], refs[: -len(outputs)]
+        sums_refs, refs = (refs[-count:], refs[:-count]) if sums else (None, refs)
         *inputs, p_ref, q_ref = refs
         tiles = Tiles(norm, blocks, pieces, place, positions)
+        steps = tiles.steps // segments
+        start = pl.program_id(2) * steps if segments > 1 else 0
         shift = tiles.vector(inputs[count]) if offset is not None else [jnp.zeros(piece.size) for piece in pieces]
 
         def read(step: Any) -> list[Array]:
-            return tiles.load(inputs[:count], step)
+            return tiles.load(inputs[:count], start + step)
 
         def moments(step: Any, tile: list[Array]) -> list[list[Array]]:
             x = over(lambda t: t.astype(jnp.float32), tile)
@@ -64,7 +78,10 @@ def _forward(norm: Norm, blocks: Blocks, parts: tuple[Array, ...], offset: Array
             return u * tiles.sigmoid(u) if norm.silu else u
 
         # What comes next is under way before the threads wait for each other to sum: these, and the first tile again.
-        totals, tile = tiles.sums(read, moments, 2, wrap=True)
+        if sums_refs is None:
+            totals, tile = tiles.sums(read, moments, 2, wrap=True)
+        else:
+            totals, tile = tiles.load_sums(sums_refs), read(0)
         vectors = tiles.vector(p_ref), tiles.vector(q_ref)
         total, square = tiles.over_rows(totals)
         own = over(lambda total, shift: total / positions + shift, total, shift)
@@ -77,16 +94,16 @@ def _forward(norm: Norm, blocks: Blocks, parts: tuple[Array, ...], offset: Array
         constant = over(lambda q, s, m, a: q + (s - m) * a, vectors[1], shift, mean, slope)
 
         def write(step: Any, tile: list[Array]) -> list[list[Array]]:
-            tiles.store(y_ref, step, over(scaled, tile, slope, constant))
+            tiles.store(y_ref, start + step, over(scaled, tile, slope, constant))
             return []
 
-        tiles.sums(read, write, 0, tile)
+        tiles.sums(read, write, 0, tile, steps=steps)
 
     stats = jax.ShapeDtypeStruct((batch, sum(widths)), jnp.float32)
     y = jax.ShapeDtypeStruct((batch, positions, sum(widths)), norm.dtype)
-    inputs = [*parts, *([] if offset is None else [offset]), p, q]
+    inputs = [*parts, *([] if offset is None else [offset]), p, q, *sums]
     outputs = [y, *[stats] * (2 if offset is None else 3)]
-    return _call(group_norm_forward, norm, blocks, inputs, outputs)
+    return _call(group_norm_forward, norm, blocks, inputs, outputs, segments)
 
 
 def backward(
@@ -207,8 +224,12 @@ def _call(
     blocks: Blocks,
     inputs: Sequence[Array],
     outputs: Sequence[jax.ShapeDtypeStruct],
+    segments: int = 1,
 ) -> Any:
-    """The kernel on all images and all groups; where the batch is split over devices each has its own images."""
+    """The kernel on all images and all groups, in so many segments of their positions.
+
+    Where the batch is split over devices each has its own images.
+    """
 
     def call(*arrays: Array) -> Any:
         size = arrays[0].shape[0]
@@ -216,12 +237,13 @@ def _call(
 
         def spec(a: Any) -> pl.BlockSpec:
             every = 0 if a.shape[0] == 1 else 1  # else one for all images
-            return pl.BlockSpec((None, *a.shape[1:]), lambda _, image: (every * image, *[0] * (a.ndim - 1)))
+            return pl.BlockSpec((None, *a.shape[1:]), lambda _, image, *__: (every * image, *[0] * (a.ndim - 1)))
 
         return pl.pallas_call(
             kernel,
             out_shape=shapes,
-            grid=(norm.groups * blocks.group // blocks.used, size),  # neighbours in memory at the same time
+            # Neighbours in memory at the same time.
+            grid=(norm.groups * blocks.group // blocks.used, size, *([segments] if segments > 1 else [])),
             in_specs=[spec(a) for a in arrays],
             out_specs=[spec(o) for o in outputs],
             compiler_params=triton.CompilerParams(num_warps=blocks.warps, num_stages=2),
@@ -229,4 +251,4 @@ def _call(
             name=kernel.__name__,
         )(*arrays)
 
-    return splitting.over_batch(call, (SOURCE, kernel.__name__, norm, blocks), inputs, outputs)
+    return splitting.over_batch(call, (SOURCE, kernel.__name__, norm, blocks, segments), inputs, outputs)

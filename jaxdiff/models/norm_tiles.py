@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -31,8 +32,10 @@ class Tuning(NamedTuple):
     neighbours: int = 4
 
 
-def tuning(positions: int, channels: int, group: int, backward: bool) -> Tuning:
-    """That of a kernel for maps of so many positions and channels, of which a group has `group`."""
+def tuning(positions: int, channels: int, group: int, backward: bool, known: bool = False) -> Tuning:
+    """That of a kernel for maps of so many positions and channels, of which a group has `group`; or with known sums."""
+    if known:
+        return Tuning(4096, 16, 64)
     in_pieces = positions >= 1024 and _power_of_2(group) != group  # 128 + 64 channels a block, not 64 + 32
     wide = in_pieces or (positions >= 4096 and channels > 128)
     return Tuning(8192 if positions >= 1024 else 4096, 16 if backward else 8, 128 if wide else 64)
@@ -52,15 +55,21 @@ class Blocks(NamedTuple):
     tuning: Tuning
 
 
-def cut(positions: int, channels: int, groups: int, backward: bool) -> Blocks:
+def cut(positions: int, channels: int, groups: int, backward: bool, known: bool = False) -> Blocks:
     """The fewest whole groups of `narrowest` channels or more, if there are, and the rows that fill a tile."""
     group = channels // groups
-    tuned = tuning(positions, channels, group, backward)
+    tuned = tuning(positions, channels, group, backward, known)
     counts = [n for n in range(1, groups + 1) if groups % n == 0]
     used = group * next((n for n in counts if n * group >= tuned.narrowest), groups)
     rows = min(_power_of_2(tuned.tile // used), pl.next_power_of_2(positions))
     warps = pl.next_power_of_2(max(1, rows * used // (32 * tuned.per_thread)))
     return Blocks(group, used, rows, warps, tuned)
+
+
+def segments_of(blocks: Blocks, positions: int) -> int:
+    """Of 1,024 positions or more, that a map is cut into where no block has to sum over all of it."""
+    steps = pl.cdiv(positions, blocks.rows)
+    return math.gcd(steps, _power_of_2(max(1, positions // 1024)))
 
 
 def _power_of_2(number: int) -> int:
@@ -170,24 +179,42 @@ class Tiles:
         count: int,
         first: Any = None,
         wrap: bool = False,
+        steps: int = 0,
     ) -> tuple[list[list[Float[Array, "rows columns"]]], Any]:
         """Of the `count` `quantities(step, tile)` the sums of all tiles, and the tile that is read last.
 
         The tile of a step is `read(step)`, that of step 0 `first` where given. The next one is read while one is worked
-        on: beside the last one that itself, or with `wrap` that of step 0. `quantities` may write as well.
+        on: beside the last one that itself, or with `wrap` that of step 0. `quantities` may write as well. `steps`: of
+        fewer tiles than all.
         """
-        tile = read(0) if first is None else first
-        if self.steps == 1:
+        tile, steps = read(0) if first is None else first, steps or self.steps
+        if steps == 1:
             return list(quantities(0, tile)), tile
 
         def turn(step: Any, state: Any) -> Any:
             tile, totals = state
-            following = read(jax.lax.rem(step + 1, self.steps) if wrap else jnp.minimum(step + 1, self.steps - 1))
+            following = read(jax.lax.rem(step + 1, steps) if wrap else jnp.minimum(step + 1, steps - 1))
             return following, jax.tree.map(jnp.add, totals, quantities(step, tile))
 
         zeros = [[jnp.zeros((self.blocks.rows, piece.size), jnp.float32) for piece in self.pieces]] * count
-        tile, totals = jax.lax.fori_loop(0, self.steps, turn, (tile, zeros))
+        tile, totals = jax.lax.fori_loop(0, steps, turn, (tile, zeros))
         return totals, tile
+
+    def load_sums(self, refs: Sequence[Any]) -> list[list[Float[Array, "some columns"]]]:
+        """Sums that are known, of parts' `refs` [some, 2, C_i], and those of squares."""
+
+        def read(kind: int, piece: Piece, channel: Array) -> Array:
+            ref = refs[piece.number]
+            rows = jnp.arange(pl.next_power_of_2(ref.shape[0]))
+            mask = None
+            if len(rows) != ref.shape[0]:
+                mask = jnp.broadcast_to((rows < ref.shape[0])[:, None], (len(rows), piece.size))
+                if self.norm.interpret:
+                    rows = jnp.where(rows < ref.shape[0], rows, jnp.iinfo(jnp.int32).max)
+            at = ref.at[rows[:, None], kind, (channel - piece.low)[None, :]]
+            return triton.load(at, mask=mask, other=None if mask is None else 0.0)
+
+        return [over(functools.partial(read, kind), self.pieces, self.channel) for kind in range(2)]
 
     def over_rows(self, totals: Sequence[Sequence[Array]]) -> list[list[Float[Array, " columns"]]]:
         """Their sums over the rows of a tile."""

@@ -104,8 +104,10 @@ def _forward(interpret: bool, *inputs: Any) -> Any:
     return multiply(interpret, *inputs), inputs
 
 
-def _backward(interpret: bool, saved: Any, dy: Array) -> Any:
-    parts, kernels, bias, residual = saved
+def product_gradients(
+    parts: Sequence[Float[Array, "*rest _"]], kernels: Sequence[Float[Array, "_ features"]], dy: Array
+) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
+    """Those of parts and of kernels, from that of the sum of their products."""
     dparts: list[Array] = []
     dkernels: list[Array] = []
     for part, kernel in zip(parts, kernels, strict=True):
@@ -114,8 +116,13 @@ def _backward(interpret: bool, saved: Any, dy: Array) -> Any:
         one, dparts, dkernels = jax.lax.optimization_barrier((dy, dparts, dkernels))
         dpart, dkernel = jax.vjp(jnp.matmul, part, kernel)[1](one)
         dparts, dkernels = [*dparts, dpart], [*dkernels, dkernel]
-    dkernels = jax.lax.optimization_barrier(dkernels)
-    return tuple(dparts), tuple(dkernels), _bias_gradient(dy, bias), None if residual is None else dy
+    return tuple(dparts), tuple(jax.lax.optimization_barrier(dkernels))
+
+
+def _backward(interpret: bool, saved: Any, dy: Array) -> Any:
+    parts, kernels, bias, residual = saved
+    dparts, dkernels = product_gradients(parts, kernels, dy)
+    return dparts, dkernels, _bias_gradient(dy, bias), None if residual is None else dy
 
 
 def _bias_gradient(dy: Array, bias: Array | None) -> Array | None:

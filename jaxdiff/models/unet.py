@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jaxdiff.models import convolutions
 from jaxdiff.models.attention import Attention
 from jaxdiff.models.layers import (
     Conv3x3,
@@ -20,7 +21,7 @@ from jaxdiff.models.layers import (
     owe,
     timestep_embedding,
 )
-from jaxdiff.models.norm import GroupNorm, Owing, Stream, settle
+from jaxdiff.models.norm import GroupNorm, Owing, Settled, Stream, keep, settle
 
 
 def keep_products(primitive: Any, *args: Any, **params: Any) -> bool:
@@ -29,7 +30,8 @@ def keep_products(primitive: Any, *args: Any, **params: Any) -> bool:
     Not attention's products, of which one is n x m.
     """
     dots = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-    return primitive.name == "conv_general_dilated" or dots(primitive, *args, **params)
+    convolution = primitive.name == "conv_general_dilated" or params.get("name") == convolutions.NAME
+    return convolution or dots(primitive, *args, **params)
 
 
 # What is made of the class of a block, by the name of what the backward pass computes again. On a CPU nothing is saved:
@@ -113,8 +115,9 @@ class UNet(nn.Module):
 
         widths = [round(self.channels * m) for m in self.channel_mult]
         last = len(widths) - 1
-        h: Stream = owe(*Conv3x3(widths[0], self.dtype, form="first", bias_apart=True, name="conv_in")(x))
-        skips, maps = [], []  # as whoever comes next has seen them: what they owe is settled there
+        h: Stream = owe(Conv3x3(widths[0], self.dtype, form="first", bias_apart=True, name="conv_in")(x))
+        skips: list[Settled] = []  # as whoever comes next has seen them: what they owe is settled there
+        maps: list[Array] = []
 
         def down(features: int, name: str, resample: str = "") -> Owing:
             out, (seen,) = res(features, name, resample)((h,), emb, deterministic)
@@ -131,10 +134,10 @@ class UNet(nn.Module):
             elif self.resblock_updown:
                 h = down(width, f"down{i}_resample", "down")
             else:
-                skips.append(settle(h))
+                skips.append(keep(h))
                 padding = (self.downsample_padding, 1)
-                h = Downsample(width, self.dtype, padding, name=f"down{i}_resample")(skips[-1])
-            maps.append(skips[-1])
+                h = Downsample(width, self.dtype, padding, name=f"down{i}_resample")(skips[-1].x)
+            maps.append(skips[-1].x)
 
         if self.mid_attention:
             h = attend(h, "mid")

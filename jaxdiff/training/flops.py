@@ -89,6 +89,14 @@ def _convolution(equation: Any) -> int:
     return count
 
 
+def _convolution_kernel(equation: Any) -> int:
+    """Of `jaxdiff.models.convolution_kernels`, the one that is written in Mosaic: 3x3 with padding 1, and products."""
+    (batch, height, width, channels), _, *others = (v.aval.shape for v in equation.invars)
+    products = sum(math.prod(shape) for shape in others if len(shape) == 2)
+    taps = (3 * height - 2) * (3 * width - 2)
+    return batch * (channels * equation.outvars[0].aval.shape[-1] * taps + products * height * width)
+
+
 def _attention(equation: Any, products: int) -> int:
     """cuDNN's: `products` of the cost of q k^T; its layouts are [batch, length, heads, d] and, as 1, heads first."""
     q, k = (v.aval.shape for v in equation.invars[:2])
@@ -99,6 +107,7 @@ def _attention(equation: Any, products: int) -> int:
 MULTIPLICATIONS: dict[str, Callable[[Any], int]] = {
     "dot_general": _dot_general,
     "conv_general_dilated": _convolution,
+    "mosaic_gpu_p": _convolution_kernel,
     "dot_product_attention_fwd_wrapper": functools.partial(_attention, products=2),
     "dot_product_attention_bwd_wrapper": functools.partial(_attention, products=4),
 }

@@ -110,7 +110,7 @@ def test_attention_across_levels():
     def apply(params):
         captured = across.apply({"params": params}, x, t, capture_intermediates=True)[1]["intermediates"]
         found = {name: captured[name]["__call__"][0] for name in added | {"conv_in", "down0_resample", "up0_res0"}}
-        found |= {"conv_in": add_bias(*found["conv_in"]), "up0_res0": found["up0_res0"][0]}
+        found |= {"conv_in": add_bias(*found["conv_in"][:2]), "up0_res0": found["up0_res0"][0]}
         return {name: out.x if isinstance(out, Owing) else out for name, out in found.items()}
 
     seen = jax.tree.map(np.asarray, apply(params))

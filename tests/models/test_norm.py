@@ -125,6 +125,35 @@ def test_kernels_round_only_what_they_return():
         assert np.abs(a.astype(np.float32) - b).max() <= 2**-8 * np.abs(b).max()
 
 
+@pytest.mark.parametrize(
+    ("positions", "widths", "groups", "offset", "counts"),
+    [
+        (48, (16,), 4, False, (3,)),
+        (64, (16, 8), 8, True, (2, 1)),
+        (2048, (64,), 8, False, (4,)),
+        (33, (24,), 4, True, (1,)),
+    ],
+)
+def test_kernels_whose_sums_are_known(positions, widths, groups, offset, counts):
+    settings = Norm(groups, 1e-5, True, jnp.dtype("float32"), interpret=True)
+    parts, *others = inputs(2, positions, widths, offset)
+
+    def sums(x, count):
+        runs = x.reshape(2, count, -1, x.shape[-1])
+        return jnp.stack([runs.sum(axis=2), jnp.square(runs).sum(axis=2)], axis=2)
+
+    known = tuple(sums(x, count) for x, count in zip(parts, counts, strict=True))
+    arguments = parts, *others
+    ours = compute(lambda norm, *a: normalise(norm, *a, known), settings, arguments, kept=1)
+    for a, b in zip(
+        jax.tree.leaves(ours), jax.tree.leaves(compute(reference, settings, arguments, kept=1)), strict=True
+    ):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * np.abs(b).max())
+    wrong = tuple(2 * s for s in known)
+    ours, *_ = compute(lambda norm, *a: normalise(norm, *a, wrong), settings, arguments, kept=1)
+    assert np.abs(ours - reference(settings, *arguments)[0]).max() > 0.1  # nothing is summed again
+
+
 @pytest.mark.parametrize("shared", [False, True])
 def test_kernels_of_a_batch_that_is_split_over_devices(shared):
     settings = Norm(8, 1e-5, True, jnp.dtype("float32"), interpret=True)

@@ -1,0 +1,396 @@
+"""The 3x3 convolution of `jaxdiff.models.convolutions` as one GPU kernel, written in Mosaic GPU, for Hopper.
+
+A block has three warpgroups. One has TMA copy pieces of the map and of the kernel to shared memory, 64 channels at a
+time: of the map all positions that a column of taps needs, with zeros for what lies beyond the border, of the kernel
+one tap. Two multiply and add up, each its own positions. As many blocks as the GPU has multiprocessors take tile after
+tile, and the copies for the next one go on while a result is written.
+"""
+
+import functools
+import math
+import pathlib
+import zlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.mosaic.gpu import fragmented_array, utils
+from jax.interpreters import mlir
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, gpu, memref, nvvm, vector
+from jaxtyping import Array, Float
+
+from jaxdiff.models import convolutions, forms, splitting
+from jaxdiff.models.convolutions import Added, Box, Cut, cut, reference
+
+SOURCE = [zlib.crc32(pathlib.Path(str(file)).read_bytes()) for file in (__file__, convolutions.__file__)]
+NAME = "convolve_3x3"
+CHANNELS = 64  # at a time: lines of 128 bytes, which shared memory is swizzled by
+PIECE = 64  # positions that are written at once
+COPYING, MULTIPLYING = 56, 224  # registers of a thread
+
+add, sub, mul, div, rem = arith.addi, arith.subi, arith.muli, arith.divui, arith.remui
+each_warpgroup = functools.partial(utils.single_thread_predicate, utils.ThreadSubset.WARPGROUP)
+each_warp = functools.partial(utils.single_thread_predicate, utils.ThreadSubset.WARP)
+
+
+def index(number: int) -> ir.Value:
+    """The constant."""
+    return mgpu.c(number, ir.IndexType.get())
+
+
+def as_index(number: ir.Value) -> ir.Value:
+    """Of the type that places have."""
+    return arith.index_cast(ir.IndexType.get(), number)
+
+
+def greater(a: ir.Value, b: ir.Value) -> ir.Value:
+    """a > b."""
+    return arith.cmpi(arith.CmpIPredicate.ugt, a, b)
+
+
+@functools.cache
+def build(
+    shape: tuple[int, int, int, int],
+    features: int,
+    dtype: Any,
+    chosen: Cut,
+    added: Added,
+    summed: bool,
+    blocks: int,
+) -> Callable[..., Any]:
+    """The kernel for maps of `shape`: of a map, a kernel [9 c, features], and of what is added.
+
+    Those are, where there are such, a bias, a map, and other maps and their kernels. Its results are the map, and if
+    `summed` sums. Args: blocks, that are at work at once: the GPU's multiprocessors.
+    """
+    (batch, height, width, channels), (biased, residual, widths) = shape, added
+    box, taps = chosen.box, chosen.taps
+    halo = box._replace(height=box.height + taps - 1)
+    across, down = width // box.width, height // box.height
+    columns = features // chosen.columns
+    tiles = batch // box.images * down * across * columns
+    blocks, chunks = min(blocks, tiles), channels // CHANNELS
+    groups = 9 // taps * chunks
+    written, pieces = chosen.columns // CHANNELS, chosen.rows // PIECE  # beside and below one another
+    small = Box.of(PIECE, height, width)
+    positions = box.images * box.height * box.width
+    tiled = mgpu.TileTransform((8, CHANNELS))
+    kept = written if residual else 0  # pieces of the map that is added
+    others = kept + sum(widths) // CHANNELS
+    map_pieces, kernel_pieces = groups + others, groups * taps + others  # of a tile
+    assert small is not None  # or there is no cut
+
+    def body(ctx: mgpu.LaunchContext, *refs: Any) -> None:
+        # Barriers: a piece of the kernel has come, and what came before it; it is read; a piece of the map is read.
+        map_smem, kernel_smem, out_smem, sums_smem, full, empty, map_empty = refs[-1]
+        x, kernel, *rest = refs[:-1]
+        bias: Any = rest.pop(0) if biased else None
+        other: Any = rest.pop(0) if residual else None
+        maps_beside, kernels_beside = ([rest.pop(0) for _ in widths] for _ in range(2))
+        out = rest.pop(0)
+        warpgroup, block = utils.warpgroup_idx(), gpu.block_id(gpu.Dimension.x)
+        which = as_index(warpgroup)
+        turns = div(sub(index(tiles + blocks - 1), block), index(blocks))
+
+        def origin(turn: ir.Value) -> tuple[ir.Value, ir.Value, ir.Value, ir.Value]:
+            """The first image, row, column and feature of a tile; neighbours have the same positions."""
+            tile = add(block, mul(turn, index(blocks)))
+            place, feature = div(tile, index(columns)), mul(rem(tile, index(columns)), index(chosen.columns))
+            image, place = div(place, index(down * across)), rem(place, index(down * across))
+            row, column = div(place, index(across)), rem(place, index(across))
+            return mul(image, index(box.images)), mul(row, index(box.height)), mul(column, index(box.width)), feature
+
+        def window(box: Box, image: ir.Value, row: ir.Value, column: ir.Value, channel: ir.Value) -> tuple[Any, ...]:
+            starts, sizes = (image, row, column, channel), (*box, CHANNELS)
+            return tuple(mgpu.ds(start, size) for start, size in zip(starts, sizes, strict=True))
+
+        def wait(barriers: Any, slots: int, count: ir.Value) -> ir.Value:
+            """The slot of the piece before which there were `count`, once its barrier has been reached for it."""
+            slot, odd = rem(count, index(slots)), rem(div(count, index(slots)), index(2))
+            barriers[slot].wait_parity(greater(odd, index(0)))
+            return slot
+
+        def next_slot(barriers: Any, slots: int, count: ir.Value) -> ir.Value:
+            """The slot of that piece, once it is free."""
+            with utils.when(greater(count, index(slots - 1))):
+                wait(barriers, slots, sub(count, index(slots)))
+            return rem(count, index(slots))
+
+        def before(turn: ir.Value) -> list[ir.Value]:
+            """How many pieces of kernels and of maps have been copied for the tiles before."""
+            return [mul(turn, index(kernel_pieces)), mul(turn, index(map_pieces))]
+
+        def copies(turn: ir.Value) -> None:
+            """Those for one tile."""
+            image, row, column, feature = origin(turn)
+
+            def copy(source: ir.Value, target: ir.Value, where: Any, slot: ir.Value, transform: Any = ()) -> None:
+                ctx.async_copy(
+                    src_ref=source,
+                    dst_ref=target,
+                    gmem_slice=where,
+                    gmem_transform=transform,
+                    swizzle=128,
+                    barrier=full[slot],
+                    arrive=False,
+                    predicate=each_warpgroup(),
+                )
+
+            def expect(slot: ir.Value, elements: int) -> None:
+                full[slot].arrive_expect_tx(2 * elements, predicate=each_warpgroup())
+
+            def group(step: ir.Value, counts: Any) -> Any:
+                count, maps = counts
+                tap, channel = div(step, index(chunks)), mul(rem(step, index(chunks)), index(CHANNELS))
+                # Either one of nine taps, or the three below one another, of three.
+                down, right = (index(0), tap) if taps == 3 else (div(tap, index(3)), rem(tap, index(3)))
+                at = sub(add(row, down), index(1)), sub(add(column, right), index(1))
+                for i in range(taps):
+                    if i == 0:
+                        place = next_slot(map_empty, chosen.map_stages, maps)
+                    slot = next_slot(empty, chosen.kernel_stages, count)
+                    expect(slot, CHANNELS * (chosen.columns + (math.prod(halo) if i == 0 else 0)))
+                    if i == 0:
+                        copy(x, utils.memref_slice(map_smem, place), window(halo, image, *at, channel), slot)
+                    line = add(mul(add(down, index(i)), index(3)), right)
+                    rows = mgpu.ds(add(mul(line, index(channels)), channel), CHANNELS), mgpu.ds(feature, chosen.columns)
+                    copy(kernel, utils.memref_slice(kernel_smem, slot), rows, slot, tiled)
+                    count = add(count, index(1))
+                return [count, add(maps, index(1))]
+
+            counts = mgpu.fori(index(groups), before(turn))(group).results
+            for beside, kernel_beside, size in zip(maps_beside, kernels_beside, widths, strict=True):
+
+                def chunk(step: ir.Value, counts: Any, beside: Any = beside, kernel_beside: Any = kernel_beside) -> Any:
+                    count, maps = counts
+                    place = next_slot(map_empty, chosen.map_stages, maps)
+                    slot = next_slot(empty, chosen.kernel_stages, count)
+                    expect(slot, CHANNELS * (chosen.columns + positions))
+                    target = utils.memref_slice(map_smem, (place, slice(None), slice(0, box.height)))
+                    channel = mul(step, index(CHANNELS))
+                    copy(beside, target, window(box, image, row, column, channel), slot)
+                    rows = mgpu.ds(channel, CHANNELS), mgpu.ds(feature, chosen.columns)
+                    copy(kernel_beside, utils.memref_slice(kernel_smem, slot), rows, slot, tiled)
+                    return [add(count, index(1)), add(maps, index(1))]
+
+                counts = mgpu.fori(index(size // CHANNELS), counts)(chunk).results
+            count, maps = counts
+            for piece in range(kept):
+                place = next_slot(map_empty, chosen.map_stages, maps)
+                slot = next_slot(empty, chosen.kernel_stages, count)
+                expect(slot, CHANNELS * positions)
+                target = utils.memref_slice(map_smem, (place, slice(None), slice(0, box.height)))
+                copy(other, target, window(box, image, row, column, add(feature, index(piece * CHANNELS))), slot)
+                count, maps = add(count, index(1)), add(maps, index(1))
+
+        def multiplies(turn: ir.Value) -> None:
+            """Those of one tile, and its result written."""
+            image, row, column, feature = origin(turn)
+            own = mul(which, index(chosen.rows))  # its first position
+
+            def read(place: ir.Value, below: int = 0) -> ir.Value:
+                rows = utils.memref_reshape(utils.memref_slice(map_smem, place), (math.prod(halo) // 8, 1, 8, CHANNELS))
+                start = add(div(own, index(8)), index(below * box.width // 8))
+                return utils.memref_slice(rows, mgpu.ds(start, chosen.rows // 8))
+
+            def free(barriers: Any, slots: int, count: ir.Value) -> None:
+                """What was read last."""
+                barriers[rem(sub(count, index(1)), index(slots))].arrive(predicate=each_warp())
+
+            def multiply(step: ir.Value, carry: Any) -> Any:
+                total, count, maps = carry
+                place = rem(maps, index(chosen.map_stages))
+                for i in range(taps):
+                    slot = wait(full, chosen.kernel_stages, count)
+                    total = mgpu.wgmma(total, read(place, i), utils.memref_slice(kernel_smem, slot), swizzle=128)
+                    nvvm.wgmma_commit_group_sync_aligned()
+                    nvvm.wgmma_wait_group_sync_aligned(1)
+                    if i == 0:
+                        with utils.when(greater(step, index(0))):
+                            free(empty, chosen.kernel_stages, count)
+                            free(map_empty, chosen.map_stages, maps)
+                    else:
+                        free(empty, chosen.kernel_stages, count)
+                    count = add(count, index(1))
+                return [total, count, add(maps, index(1))]
+
+            zeros = mgpu.WGMMAAccumulator.zero(chosen.rows, chosen.columns)
+            carry = mgpu.fori(index(groups), [zeros, *before(turn)])(multiply).results
+
+            def multiply_beside(_: ir.Value, carry: Any) -> Any:
+                total, count, maps = carry
+                slot, place = wait(full, chosen.kernel_stages, count), rem(maps, index(chosen.map_stages))
+                total = mgpu.wgmma(total, read(place), utils.memref_slice(kernel_smem, slot), swizzle=128)
+                nvvm.wgmma_commit_group_sync_aligned()
+                nvvm.wgmma_wait_group_sync_aligned(1)
+                free(empty, chosen.kernel_stages, count)
+                free(map_empty, chosen.map_stages, maps)
+                return [total, add(count, index(1)), add(maps, index(1))]
+
+            if widths:
+                carry = mgpu.fori(index(sum(widths) // CHANNELS), carry)(multiply_beside).results
+            total, count, maps = carry
+            nvvm.wgmma_wait_group_sync_aligned(0)
+            free(empty, chosen.kernel_stages, count)
+            free(map_empty, chosen.map_stages, maps)
+            y = fragmented_array.optimization_barrier(total.value)
+            if biased:
+                own_bias, layout = mgpu.ds(feature, chosen.columns), fragmented_array.WGMMA_COL_LAYOUT
+                row_vector = mgpu.FragmentedArray.load_untiled(
+                    utils.memref_slice(bias, own_bias), layout=layout, optimized=False
+                )
+                y = y + row_vector.broadcast_in_dim(y.shape, (1,), y.layout)
+            parts = [y[:, i * CHANNELS : (i + 1) * CHANNELS] for i in range(written)]
+            for i in range(kept):
+                wait(full, chosen.kernel_stages, count)
+                there = read(rem(maps, index(chosen.map_stages)))
+                parts[i] = parts[i] + mgpu.FragmentedArray.load_tiled(there, swizzle=128).astype(y.mlir_dtype)
+                utils.warp_barrier()
+                count, maps = add(count, index(1)), add(maps, index(1))
+                free(empty, chosen.kernel_stages, count)
+                free(map_empty, chosen.map_stages, maps)
+            for beside, part in enumerate(parts):
+                if summed:
+                    add_up(part, utils.memref_slice(sums_smem, which), beside * CHANNELS)
+                for below in range(pieces):
+                    first = add(own, index(below * PIECE))
+                    at = add(image, div(first, index(box.width * box.height)))
+                    line = add(row, div(rem(first, index(box.width * box.height)), index(box.width)))
+                    slot = utils.memref_slice(out_smem, (which, (beside * pieces + below) % 2))
+                    ctx.await_async_copy(1, await_read_only=True)
+                    rows = part[below * PIECE : (below + 1) * PIECE].astype(mlir.dtype_to_ir_type(jnp.dtype(dtype)))
+                    rows.store_tiled(slot, swizzle=128)
+                    mgpu.commit_shared()
+                    ctx.async_copy(
+                        src_ref=utils.memref_reshape(slot, (*small, CHANNELS)),
+                        dst_ref=out,
+                        gmem_slice=window(small, at, line, column, add(feature, index(beside * CHANNELS))),
+                        swizzle=128,
+                    )
+            if summed:
+                write_sums(turn, feature)
+
+        def write_sums(turn: ir.Value, feature: ir.Value) -> None:
+            """Of the four warps together: a thread has a column."""
+            tile = div(add(block, mul(turn, index(blocks))), index(columns))
+            place, thread = add(mul(tile, index(2)), which), rem(as_index(utils.thread_idx()), index(128))
+            for kind in range(2):
+                values = [memref.load(sums_smem, [which, index(warp), index(kind), thread]) for warp in range(4)]
+                memref.store(functools.reduce(arith.addf, values), rest[0], [place, index(kind), add(feature, thread)])
+            utils.warpgroup_barrier()
+
+        def add_up(part: Any, target: ir.Value, start: int) -> None:
+            """A warp's sums, of values and of their squares, over its positions, to target [4, 2, columns].
+
+            A thread has 16 columns, pairs of eight apart, as have seven others. In three turns each leaves half of its
+            sums to one of them, and takes the other half of that one's: in the end it has four, of all eight threads.
+            """
+            i32 = ir.IntegerType.get_signless(32)
+            registers = part.registers.reshape(chosen.rows // 64, CHANNELS // 8, 2)  # pairs of columns
+
+            def scalars(eight: int, i: int) -> list[Any]:
+                at = ir.DenseI64ArrayAttr.get([i])
+                return [vector.extract(r, dynamic_position=[], static_position=at) for r in registers[:, eight].flat]
+
+            columns = [scalars(eight, i) for eight in range(CHANNELS // 8) for i in range(2)]
+            sums = [functools.reduce(arith.addf, values) for values in columns]
+            sums += [functools.reduce(arith.addf, [arith.mulf(v, v) for v in values]) for values in columns]
+            thread = arith.remui(utils.thread_idx(), mgpu.c(32, i32))
+            for distance in (16, 8, 4):
+                bit = arith.andi(thread, mgpu.c(distance, i32))
+                upper = arith.cmpi(arith.CmpIPredicate.ne, bit, mgpu.c(0, i32))
+                pairs = list(zip(sums[: len(sums) // 2], sums[len(sums) // 2 :], strict=True))
+                left = [utils.shfl_bfly(arith.select(upper, low, high), distance) for low, high in pairs]
+                taken = [arith.select(upper, high, low) for low, high in pairs]
+                sums = [arith.addf(a, b) for a, b in zip(taken, left, strict=True)]
+            lane, warp = as_index(thread), rem(as_index(utils.warp_idx()), index(4))
+            kind, quarter = div(lane, index(16)), rem(div(lane, index(4)), index(4))
+            for i, value in enumerate(sums):
+                eight, pair = add(mul(quarter, index(2)), index(i // 2)), rem(lane, index(4))
+                column = add(add(mul(eight, index(8)), mul(pair, index(2))), index(start + i % 2))
+                memref.store(value, target, [warp, kind, column])
+
+        def work(registers: int, action: Any, tile: Callable[[ir.Value], None]) -> None:
+            def step(turn: ir.Value, _: Any) -> list[ir.Value]:
+                tile(turn)
+                return []
+
+            nvvm.setmaxregister(registers, action)
+            mgpu.fori(turns, [])(step)
+
+        copying = arith.cmpi(arith.CmpIPredicate.eq, warpgroup, mgpu.c(2, warpgroup.type))
+        with utils.when(copying):
+            work(COPYING, nvvm.SetMaxRegisterAction.decrease, copies)
+        with utils.when(arith.xori(copying, mgpu.c(1, copying.type))):
+            work(MULTIPLYING, nvvm.SetMaxRegisterAction.increase, multiplies)
+            ctx.await_async_copy(0)
+
+    of = functools.partial(jax.ShapeDtypeStruct, dtype=dtype)
+    result = of((batch, height, width, features))
+    inputs = [of(shape), of((9 * channels, features))]
+    inputs += [jax.ShapeDtypeStruct((features,), jnp.float32)] * biased + [result] * residual
+    inputs += [*(of((batch, height, width, size)) for size in widths), *(of((size, features)) for size in widths)]
+    sums = jax.ShapeDtypeStruct((batch * height * width // chosen.rows, 2, features), jnp.float32)
+    shared = [
+        of((chosen.map_stages, *halo, CHANNELS)),
+        of((chosen.kernel_stages, CHANNELS // 8, chosen.columns // CHANNELS, 8, CHANNELS)),
+        of((2, 2, PIECE // 8, 1, 8, CHANNELS)),
+        jax.ShapeDtypeStruct((2, 4, 2, chosen.columns if summed else 4), jnp.float32),
+        mgpu.Barrier(arrival_count=1, num_barriers=chosen.kernel_stages),
+        mgpu.Barrier(arrival_count=2 * 4, num_barriers=chosen.kernel_stages),  # a warp each
+        mgpu.Barrier(arrival_count=2 * 4, num_barriers=chosen.map_stages),
+    ]
+    with mlir.make_ir_context(), ir.Location.unknown():
+        return mgpu.as_gpu_kernel(
+            body,
+            grid=(blocks, 1, 1),
+            block=(3 * 128, 1, 1),
+            in_shape=tuple(inputs),
+            out_shape=(result, sums) if summed else (result,),
+            smem_scratch_shape=tuple(shared),
+            module_name=NAME,
+            kernel_name=NAME,
+        )
+
+
+# Jitted, so that convolutions of the same shapes are traced and lowered once for all of them.
+@functools.partial(jax.jit, static_argnums=0)
+def convolve(
+    summed: bool,
+    x: Float[Array, "batch h w c"],
+    kernel: Float[Array, "3 3 c features"],
+    bias: Float[Array, " features"] | None,
+    residual: Float[Array, "batch h w features"] | None,
+    parts: tuple[Float[Array, "batch h w _"], ...],
+    kernels: tuple[Float[Array, "_ features"], ...],
+) -> Any:
+    """As `convolutions.convolve`, added up in float32.
+
+    Where the batch is split over devices each has its own images.
+    """
+    features, (batch, height, width, _) = kernel.shape[-1], x.shape
+    bias = None if bias is None else bias.astype(jnp.float32)
+    added = Added(bias is not None, residual is not None, tuple(part.shape[-1] for part in parts))
+    results = [jax.ShapeDtypeStruct((batch, height, width, features), x.dtype)]
+    if summed and height * width >= 256:  # or a tile has several images
+        results.append(jax.ShapeDtypeStruct((batch, height * width // 128, 2, features), jnp.float32))
+    # What there is for each image, and for all of them.
+    each, one = (x, residual, parts), (kernel, bias, kernels)
+    trees = [jax.tree.structure(tree) for tree in (each, one)]
+    first, rest = jax.tree.leaves(each), jax.tree.leaves(one)
+
+    def call(*arrays: Array) -> list[Array]:
+        x, residual, parts = jax.tree.unflatten(trees[0], arrays[: len(first)])
+        kernel, bias, kernels = jax.tree.unflatten(trees[1], [a[0] for a in arrays[len(first) :]])
+        chosen = cut(x.shape, features)
+        if chosen is None:  # with so few images of a device
+            return [reference(x, kernel, bias, residual, parts, kernels)]
+        run = build(x.shape, features, x.dtype, chosen, added, len(results) > 1, forms.multiprocessors())
+        inputs = jax.tree.leaves((x, kernel.reshape(-1, features), bias, residual, parts, kernels))
+        y, *sums = run(*inputs)
+        return [y, *(a.reshape(len(x), -1, 128 // chosen.rows, 2, features).sum(axis=2) for a in sums)]
+
+    return splitting.over_batch(call, (SOURCE, added), [*first, *(a[None] for a in rest)], results)

@@ -1,0 +1,218 @@
+"""3x3 convolutions with what is added to them: what surrounds the kernel, which nothing but a GPU runs."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType
+
+from jaxdiff import mesh as meshes
+from jaxdiff.models import convolution_kernels, convolutions, forms, norm
+from jaxdiff.models.convolutions import Added, Box, Cut, convolve_add, cut, has_kernel, reference
+from jaxdiff.models.layers import ResBlock
+from jaxdiff.models.norm import settle, sums_of
+from jaxdiff.models.unet import REMAT
+from jaxdiff.training.flops import count_flops
+
+KEY = jax.random.key(0, impl="rbg")
+HALF = jnp.dtype(jnp.bfloat16)
+
+
+def draw(name, *shape, dtype="float32"):
+    return jax.random.normal(jax.random.fold_in(KEY, sum(map(ord, name))), shape).astype(dtype)
+
+
+def stand_in(shape, features, dtype, chosen, added, summed, blocks):
+    """What `convolution_kernels.build` returns, computed by XLA: sums over as many positions as a warpgroup has."""
+
+    def run(x, kernel, *rest):
+        rest = list(rest)
+        bias = rest.pop(0) if added.bias else None
+        residual = rest.pop(0) if added.residual else None
+        parts, kernels = rest[: len(added.widths)], rest[len(added.widths) :]
+        y = reference(x, kernel.reshape(3, 3, -1, features), bias, residual, parts, kernels)
+        runs = y.astype(jnp.float32).reshape(-1, chosen.rows, features)
+        sums = jnp.stack([runs.sum(axis=1), jnp.square(runs).sum(axis=1)], axis=1)
+        return (y, sums) if summed else (y,)
+
+    return run
+
+
+@pytest.fixture
+def kernels(monkeypatch):
+    """As on a Hopper GPU, with norms run by the interpreter, and XLA in place of the kernel."""
+    monkeypatch.setattr(norm, "has_kernel", lambda: True)
+    monkeypatch.setattr(norm, "INTERPRET", True)
+    monkeypatch.setattr(convolutions, "has_kernel", lambda x, features: cut(x.shape, features) is not None)
+    monkeypatch.setattr(convolution_kernels, "build", stand_in)
+    monkeypatch.setattr(forms, "CAPABILITY", 9.0)
+    convolution_kernels.convolve.clear_cache()
+    yield
+    convolution_kernels.convolve.clear_cache()
+
+
+def inputs(batch, side, width, features, widths, residual, dtype="float32"):
+    x, kernel = draw("x", batch, side, side, width, dtype=dtype), draw("kernel", 3, 3, width, features) / 24
+    other = draw("other", batch, side, side, features, dtype=dtype) if residual else None
+    parts = tuple(draw(f"part{i}", batch, side, side, w, dtype=dtype) for i, w in enumerate(widths))
+    matrices = tuple(draw(f"matrix{i}", w, features, dtype=dtype) / 8 for i, w in enumerate(widths))
+    return x, kernel, draw("bias", features), other, parts, matrices
+
+
+def with_gradients(function, arguments):
+    def loss(arguments):
+        y = function(*arguments)
+        return (y.astype(jnp.float32) * draw("dy", *y.shape)).sum(), y
+
+    gradients, y = jax.jit(jax.grad(loss, has_aux=True))(arguments)
+    return jax.tree.leaves((y, gradients))
+
+
+@pytest.mark.parametrize(
+    ("side", "width", "features", "widths", "residual"),
+    [(16, 64, 128, (), False), (16, 128, 128, (), True), (8, 64, 128, (64, 128), False), (4, 128, 128, (64,), True)],
+)
+def test_gradients_are_those_of_the_reference(side, width, features, widths, residual, kernels):
+    arguments = inputs(16, side, width, features, widths, residual)
+    ours = with_gradients(lambda *a: convolve_add(*a)[0], arguments)
+    for a, b in zip(ours, with_gradients(reference, arguments), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5 * np.abs(b).max())
+
+
+def test_sums_are_of_the_result(kernels):
+    y, sums = convolve_add(*inputs(2, 32, 64, 128, (), True))
+    assert sums.shape == (2, 8, 2, 128)
+    np.testing.assert_allclose(sums[:, :, 0].sum(axis=1), y.sum(axis=(1, 2)), rtol=1e-4, atol=1e-2)
+    np.testing.assert_allclose(sums[:, :, 1].sum(axis=1), jnp.square(y).sum(axis=(1, 2)), rtol=1e-4)
+    assert convolve_add(*inputs(16, 8, 64, 128, (), True))[1] is None  # several images a tile
+
+
+@pytest.mark.parametrize(
+    ("shape", "features", "expected"),
+    [
+        ((512, 32, 32, 128), 128, Cut(128, 128, Box(1, 8, 32), 3, 3, 4)),
+        ((512, 16, 16, 256), 256, Cut(128, 128, Box(1, 16, 16), 3, 3, 4)),
+        ((64, 128, 128, 128), 128, Cut(128, 128, Box(1, 8, 32), 3, 3, 4)),
+        ((512, 8, 8, 256), 256, Cut(128, 128, Box(4, 8, 8), 1, 4, 4)),
+        ((512, 4, 4, 256), 256, Cut(64, 128, Box(8, 4, 4), 1, 4, 4)),  # 64 tiles of 256 positions for 132
+        ((64, 16, 16, 384), 384, Cut(64, 128, Box(1, 8, 16), 3, 3, 4)),  # 192
+        ((4, 4, 4, 256), 256, None),  # 64 positions
+        ((512, 32, 32, 3), 128, None),
+        ((512, 32, 32, 128), 192, None),
+        ((8, 24, 24, 128), 128, None),
+    ],
+)
+def test_how_the_kernel_is_cut(shape, features, expected, monkeypatch):
+    monkeypatch.setattr(forms, "CAPABILITY", 9.0)
+    assert cut(shape, features) == expected
+
+
+@pytest.mark.parametrize(
+    ("dtype", "capability", "expected"),
+    [("bfloat16", 9.0, True), ("float16", 9.0, True), ("float32", 9.0, False), ("bfloat16", 8.0, False)],
+)
+def test_where_there_is_a_kernel(dtype, capability, expected, monkeypatch):
+    monkeypatch.setattr(forms, "CAPABILITY", capability)
+    norm.has_kernel.cache_clear()
+    x = jax.ShapeDtypeStruct((16, 16, 16, 64), dtype)
+    assert has_kernel(x, 128) == expected
+    monkeypatch.setenv("JAXDIFF_FORMS", "plain")
+    norm.has_kernel.cache_clear()
+    assert not has_kernel(x, 128)
+    norm.has_kernel.cache_clear()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize(
+    ("shape", "features"),
+    [((512, 32, 32, 128), 128), ((64, 64, 64, 256), 128), ((512, 16, 16, 512), 256), ((64, 16, 16, 384), 384)]
+    + [((512, 8, 8, 256), 256), ((512, 4, 4, 256), 256)],
+)
+@pytest.mark.parametrize("added", [Added(False, False, ()), Added(True, True, ()), Added(True, False, (256, 128))])
+def test_kernel_is_what_mosaic_takes(shape, features, added, monkeypatch):
+    """Its module, for an H100: all is of the right shape, and fits shared memory."""
+    monkeypatch.setattr(forms, "CAPABILITY", 9.0)
+    card = AbstractDevice("NVIDIA H100 80GB HBM3", num_cores=132, platform="gpu")
+    mesh = AbstractMesh((1,), ("data",), axis_types=(AxisType.Auto,), abstract_device=card)
+    summed = shape[1] >= 16
+    with jax.sharding.use_abstract_mesh(mesh):
+        run = convolution_kernels.build(shape, features, HALF, cut(shape, features), added, summed, 132)
+        of = functools.partial(jax.ShapeDtypeStruct, dtype=HALF)
+        result = of((*shape[:3], features))
+        arrays = [of(shape), of((9 * shape[3], features))]
+        arrays += [jax.ShapeDtypeStruct((features,), jnp.float32)] * added.bias + [result] * added.residual
+        arrays += [of((*shape[:3], w)) for w in added.widths] + [of((w, features)) for w in added.widths]
+        y, *sums = jax.eval_shape(run, *arrays)
+    assert y.shape == result.shape and len(sums) == summed
+
+
+def test_multiplications_are_counted(monkeypatch):
+    arguments = jax.tree.map(
+        lambda a: jax.ShapeDtypeStruct(a.shape, HALF), inputs(16, 16, 64, 128, (64, 128), False)[:-2]
+    )
+    parts = tuple(jax.ShapeDtypeStruct((16, 16, 16, w), HALF) for w in (64, 128))
+    matrices = tuple(jax.ShapeDtypeStruct((w, 128), HALF) for w in (64, 128))
+    plain = count_flops(reference, *arguments, parts, matrices)
+    monkeypatch.setattr(convolutions, "has_kernel", lambda x, features: True)
+    monkeypatch.setattr(forms, "CAPABILITY", 9.0)
+    card = AbstractDevice("NVIDIA H100 80GB HBM3", num_cores=132, platform="gpu")
+    mesh = AbstractMesh((1,), ("data",), axis_types=(AxisType.Auto,), abstract_device=card)
+    with jax.sharding.use_abstract_mesh(mesh):
+        own = count_flops(lambda *a: convolve_add(*a)[0], *arguments, parts, matrices)
+    assert own == plain
+
+
+@pytest.mark.parametrize("remat", ["none", "blocks", "dots"])
+@pytest.mark.parametrize("features", [128, 256])
+def test_residual_block_with_all_kernels_is_the_same(features, remat, kernels, monkeypatch):
+    """Two of them, of which the second's norms take their sums from the convolutions before."""
+    x, emb = draw("x", 2, 16, 16, 128), draw("emb", 2, 8)
+    block = REMAT[remat](ResBlock, static_argnums=3)
+    first, second = block(features, jnp.float32, zero_init=False), block(128, jnp.float32, scale_shift_norm=False)
+    taken = []
+
+    def loss(params, x):
+        y, seen = first.apply(params[0], (x,), emb, True)
+        taken.append(sums_of(y) is not None)
+        z, (again, _) = second.apply(params[1], (y, seen[0]), emb, True)
+        taken.append(sums_of(again) is not None)
+        return sum((settle(m).astype(jnp.float32) * draw("w", *settle(m).shape)).sum() for m in (z, again))
+
+    def gradient(params):
+        return jax.tree.leaves(jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))(params, x))
+
+    with monkeypatch.context() as plain:
+        plain.setattr(norm, "has_kernel", lambda: False)
+        plain.setattr(convolutions, "has_kernel", lambda x, features: False)
+        one = first.init(KEY, (x,), emb, True)
+        params = one, second.init(KEY, (draw("y", 2, 16, 16, features), x), emb, True)
+        params = jax.tree.map(lambda a: a + 0.05 * draw("noise", *a.shape), params)
+        expected = gradient(params)
+    assert not any(taken)
+    taken.clear()
+    for a, b in zip(gradient(params), expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-4 * np.abs(b).max())
+    assert all(taken)
+
+
+@pytest.mark.parametrize("side", [16, 4])
+def test_batch_that_is_split_over_devices(side, kernels):
+    """Where a device has too few images for a tile it computes the reference."""
+    x, *_, parts, matrices = inputs(16, side, 64, 128, (64,), False)
+    kernel, bias = draw("kernel", 3, 3, 64, 128) / 24, draw("bias", 128)
+    mesh = meshes.make_mesh()
+    split, whole = meshes.batch_sharding(mesh), meshes.replicated(mesh)
+
+    @jax.jit
+    def run(x, kernel, bias, parts, matrices):
+        return convolve_add(x, kernel, bias, None, parts, matrices)
+
+    alone = run(x, kernel, bias, parts, matrices)
+    everywhere = (jax.device_put(a, where) for a, where in ((x, split), (kernel, whole), (bias, whole)))
+    parted = run(*everywhere, jax.device_put(parts, split), jax.device_put(matrices, whole))
+    assert {s.data.shape for s in parted[0].addressable_shards} == {(2, side, side, 128)}  # nobody gathers the batch
+    assert (alone[1] is None) == (side == 4)
+    for a, b in zip(jax.tree.leaves(parted), jax.tree.leaves(alone), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-3)
