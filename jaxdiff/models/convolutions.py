@@ -1,4 +1,4 @@
-"""3x3 convolutions with padding 1, as one operation with what is added to them: a bias and a map."""
+"""3x3 convolutions with padding 1, as one operation with what is added to them: a bias, a map, products of others."""
 
 import functools
 import math
@@ -64,7 +64,8 @@ class Added(NamedTuple):
 def cut(shape: Sequence[int], features: int) -> Cut | None:
     """That for maps of this shape; None where the kernel does not fit them.
 
-    Of 128 positions for a warpgroup, or of 64 where that leaves fewer multiprocessors without work.
+    Of 128 positions for a warpgroup, or of 64 where tiles are of several images and fewer multiprocessors are without
+    work then.
     """
     batch, height, width, channels = shape
     if channels % 64 or features % 128 or Box.of(64, height, width) is None:
@@ -72,20 +73,21 @@ def cut(shape: Sequence[int], features: int) -> Cut | None:
     best, found = 0.0, None
     for rows, worth in ((128, 1.0), (64, 0.85)):
         box = Box.of(2 * rows, height, width)
-        if box is None or batch % box.images:
+        if box is None or batch % box.images or (rows == 64 and box.images == 1):
             continue
         rounds = batch * height * width // (2 * rows) * (features // 128) / forms.multiprocessors()
         if rounds / math.ceil(rounds) * worth > best:
             best = rounds / math.ceil(rounds) * worth
-            stages = (3, 3, 4) if box.images == 1 else (1, 4, 4)
-            found = Cut(rows, 128, box, *stages)
+            # Shared memory is read in eights of positions, of which a row has to have some to be a tap below another.
+            taps = 3 if box.images == 1 and box.width % 8 == 0 else 1
+            found = Cut(rows, 128, box, taps, 3 if box.images == 1 else 4, 4)
     return found
 
 
 def has_kernel(x: Any, features: int) -> bool:
     """Whether the convolution of x [B, H, W, C], or its shape, is a kernel of our own: in half precision, on Hopper.
 
-    It has no interpreter.
+    No interpreter runs it.
     """
     on_gpu = norm.has_kernel() and not norm.INTERPRET and forms.capability() == 9.0
     return on_gpu and x.dtype in HALF and cut(x.shape, features) is not None

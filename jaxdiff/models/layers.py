@@ -136,7 +136,6 @@ def strided(padding: tuple[int, int]) -> Callable[[Array, Array], Array]:
 
 Form = Literal["plain", "down", "down_after", "up", "first", "few"]
 FORMS: dict[str, tuple[Callable[[Array, Array], Array], Callable[[Array, Array], Array]]] = {  # fast, plain
-    "plain": (lambda x, kernel: convolve_add(x, kernel)[0], convolve),
     "down": (strided((1, 1)), strided((1, 1))),
     "down_after": (strided((0, 1)), strided((0, 1))),
     "up": (upsample_convolve, lambda x, kernel: convolve(upsample(x), kernel)),

@@ -127,7 +127,7 @@ class GroupNorm(nn.Module):
     There are `groups` groups, or the largest divisor of both where that does not divide the channels. Who uses the
     parts besides takes the returned ones, of which there are two for two uses: their gradients are then added up where
     the norm's own are computed, and what a part owes is settled there. What it lacks the returned ones lack still.
-    Statistics are float32. Source: Wu & He 2018 (arXiv 1803.08494).
+    Statistics are float32, and of the parts' sums where all of them have such. Source: Wu & He 2018 (arXiv 1803.08494).
 
     Attributes: silu: whether act is SiLU; else it is the identity. dtype: of the result.
     """

@@ -97,7 +97,8 @@ def test_sums_are_of_the_result(kernels):
         ((64, 128, 128, 128), 128, Cut(128, 128, Box(1, 8, 32), 3, 3, 4)),
         ((512, 8, 8, 256), 256, Cut(128, 128, Box(4, 8, 8), 1, 4, 4)),
         ((512, 4, 4, 256), 256, Cut(64, 128, Box(8, 4, 4), 1, 4, 4)),  # 64 tiles of 256 positions for 132
-        ((64, 16, 16, 384), 384, Cut(64, 128, Box(1, 8, 16), 3, 3, 4)),  # 192
+        ((64, 8, 8, 512), 512, Cut(64, 128, Box(2, 8, 8), 1, 4, 4)),
+        ((64, 64, 4, 128), 128, Cut(128, 128, Box(1, 64, 4), 1, 3, 4)),  # rows of four, which no tap below begins with
         ((4, 4, 4, 256), 256, None),  # 64 positions
         ((512, 32, 32, 3), 128, None),
         ((512, 32, 32, 128), 192, None),
@@ -128,7 +129,7 @@ def test_where_there_is_a_kernel(dtype, capability, expected, monkeypatch):
 @pytest.mark.parametrize(
     ("shape", "features"),
     [((512, 32, 32, 128), 128), ((64, 64, 64, 256), 128), ((512, 16, 16, 512), 256), ((64, 16, 16, 384), 384)]
-    + [((512, 8, 8, 256), 256), ((512, 4, 4, 256), 256)],
+    + [((512, 8, 8, 256), 256), ((512, 4, 4, 256), 256), ((512, 64, 4, 128), 128), ((8, 32, 8, 128), 128)],
 )
 @pytest.mark.parametrize("added", [Added(False, False, ()), Added(True, True, ()), Added(True, False, (256, 128))])
 def test_kernel_is_what_mosaic_takes(shape, features, added, monkeypatch):
@@ -136,7 +137,7 @@ def test_kernel_is_what_mosaic_takes(shape, features, added, monkeypatch):
     monkeypatch.setattr(forms, "CAPABILITY", 9.0)
     card = AbstractDevice("NVIDIA H100 80GB HBM3", num_cores=132, platform="gpu")
     mesh = AbstractMesh((1,), ("data",), axis_types=(AxisType.Auto,), abstract_device=card)
-    summed = shape[1] >= 16
+    summed = shape[1] * shape[2] >= 256
     with jax.sharding.use_abstract_mesh(mesh):
         run = convolution_kernels.build(shape, features, HALF, cut(shape, features), added, summed, 132)
         of = functools.partial(jax.ShapeDtypeStruct, dtype=HALF)
