@@ -262,11 +262,8 @@ class ResBlock(nn.Module):
                 offset = e
         h, *_ = norm("norm_out")((h,), offset, scale, shift)
         h = nn.Dropout(self.dropout, deterministic=deterministic)(h)
-        parts, widths, offset = (
-            [part.astype(self.dtype) for part in parts],
-            [part.shape[-1] for part in parts],
-            missing(x),
-        )
+        parts, widths = [part.astype(self.dtype) for part in parts], [part.shape[-1] for part in parts]
+        offset = missing(x)
         added: dict[str, Any] = {"residual": jnp.concatenate(parts, axis=-1)}
         if sum(widths) != self.features:
             kernels, offset = Conv1x1(self.features, self.dtype, name="skip")(widths, offset)
