@@ -19,36 +19,31 @@ from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.mosaic.gpu import fragmented_array, utils
 from jax.interpreters import mlir
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, gpu, memref, nvvm, vector
+from jaxlib.mlir.dialects import arith, gpu, memref, nvvm
 from jaxtyping import Array, Float
 
-from jaxdiff.models import convolutions, forms, splitting
+from jaxdiff.models import convolutions, forms, mosaic, splitting
 from jaxdiff.models.convolutions import Added, Box, Cut, cut, reference
+from jaxdiff.models.mosaic import (
+    add,
+    as_index,
+    div,
+    each_warp,
+    each_warpgroup,
+    greater,
+    index,
+    mul,
+    rem,
+    store_sums,
+    sub,
+)
 
-SOURCE = [zlib.crc32(pathlib.Path(str(file)).read_bytes()) for file in (__file__, convolutions.__file__)]
+FILES = __file__, convolutions.__file__, mosaic.__file__
+SOURCE = [zlib.crc32(pathlib.Path(str(file)).read_bytes()) for file in FILES]
 NAME = "convolve_3x3"
 CHANNELS = 64  # at a time: lines of 128 bytes, which shared memory is swizzled by
 PIECE = 64  # positions that are written at once
 COPYING, MULTIPLYING = 56, 224  # registers of a thread
-
-add, sub, mul, div, rem = arith.addi, arith.subi, arith.muli, arith.divui, arith.remui
-each_warpgroup = functools.partial(utils.single_thread_predicate, utils.ThreadSubset.WARPGROUP)
-each_warp = functools.partial(utils.single_thread_predicate, utils.ThreadSubset.WARP)
-
-
-def index(number: int) -> ir.Value:
-    """The constant."""
-    return mgpu.c(number, ir.IndexType.get())
-
-
-def as_index(number: ir.Value) -> ir.Value:
-    """Of the type that places have."""
-    return arith.index_cast(ir.IndexType.get(), number)
-
-
-def greater(a: ir.Value, b: ir.Value) -> ir.Value:
-    """a > b."""
-    return arith.cmpi(arith.CmpIPredicate.ugt, a, b)
 
 
 @functools.cache
@@ -254,7 +249,7 @@ def build(
                 free(map_empty, chosen.map_stages, maps)
             for beside, part in enumerate(parts):
                 if summed:
-                    add_up(part, utils.memref_slice(sums_smem, which), beside * CHANNELS)
+                    store_sums(part, utils.memref_slice(sums_smem, which), beside * CHANNELS)
                 for below in range(pieces):
                     first = add(own, index(below * PIECE))
                     at = add(image, div(first, index(box.width * box.height)))
@@ -281,37 +276,6 @@ def build(
                 values = [memref.load(sums_smem, [which, index(warp), index(kind), thread]) for warp in range(4)]
                 memref.store(functools.reduce(arith.addf, values), rest[0], [place, index(kind), add(feature, thread)])
             utils.warpgroup_barrier()
-
-        def add_up(part: Any, target: ir.Value, start: int) -> None:
-            """A warp's sums, of values and of their squares, over its positions, to target [4, 2, columns].
-
-            A thread has 16 columns, pairs of eight apart, as have seven others. In three turns each leaves half of its
-            sums to one of them, and takes the other half of that one's: in the end it has four, of all eight threads.
-            """
-            i32 = ir.IntegerType.get_signless(32)
-            registers = part.registers.reshape(chosen.rows // 64, CHANNELS // 8, 2)  # pairs of columns
-
-            def scalars(eight: int, i: int) -> list[Any]:
-                at = ir.DenseI64ArrayAttr.get([i])
-                return [vector.extract(r, dynamic_position=[], static_position=at) for r in registers[:, eight].flat]
-
-            columns = [scalars(eight, i) for eight in range(CHANNELS // 8) for i in range(2)]
-            sums = [functools.reduce(arith.addf, values) for values in columns]
-            sums += [functools.reduce(arith.addf, [arith.mulf(v, v) for v in values]) for values in columns]
-            thread = arith.remui(utils.thread_idx(), mgpu.c(32, i32))
-            for distance in (16, 8, 4):
-                bit = arith.andi(thread, mgpu.c(distance, i32))
-                upper = arith.cmpi(arith.CmpIPredicate.ne, bit, mgpu.c(0, i32))
-                pairs = list(zip(sums[: len(sums) // 2], sums[len(sums) // 2 :], strict=True))
-                left = [utils.shfl_bfly(arith.select(upper, low, high), distance) for low, high in pairs]
-                taken = [arith.select(upper, high, low) for low, high in pairs]
-                sums = [arith.addf(a, b) for a, b in zip(taken, left, strict=True)]
-            lane, warp = as_index(thread), rem(as_index(utils.warp_idx()), index(4))
-            kind, quarter = div(lane, index(16)), rem(div(lane, index(4)), index(4))
-            for i, value in enumerate(sums):
-                eight, pair = add(mul(quarter, index(2)), index(i // 2)), rem(lane, index(4))
-                column = add(add(mul(eight, index(8)), mul(pair, index(2))), index(start + i % 2))
-                memref.store(value, target, [warp, kind, column])
 
         def work(registers: int, action: Any, tile: Callable[[ir.Value], None]) -> None:
             def step(turn: ir.Value, _: Any) -> list[ir.Value]:
@@ -390,7 +354,6 @@ def convolve(
             return [reference(x, kernel, bias, residual, parts, kernels)]
         run = build(x.shape, features, x.dtype, chosen, added, len(results) > 1, forms.multiprocessors())
         inputs = jax.tree.leaves((x, kernel.reshape(-1, features), bias, residual, parts, kernels))
-        y, *sums = run(*inputs)
-        return [y, *(a.reshape(len(x), -1, 128 // chosen.rows, 2, features).sum(axis=2) for a in sums)]
+        return [a.reshape(len(x), *result.shape[1:]) for a, result in zip(run(*inputs), results, strict=True)]
 
     return splitting.over_batch(call, (SOURCE, added), [*first, *(a[None] for a in rest)], results)

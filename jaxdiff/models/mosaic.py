@@ -1,0 +1,62 @@
+"""Arithmetic that kernels in Mosaic GPU are written with, and sums over a warp's share of a tile."""
+
+import functools
+
+from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.mosaic.gpu import utils
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, memref, vector
+
+add, sub, mul, div, rem = arith.addi, arith.subi, arith.muli, arith.divui, arith.remui
+# Of the threads of each, one.
+each_warpgroup = functools.partial(utils.single_thread_predicate, utils.ThreadSubset.WARPGROUP)
+each_warp = functools.partial(utils.single_thread_predicate, utils.ThreadSubset.WARP)
+
+
+def index(number: int) -> ir.Value:
+    """The constant."""
+    return mgpu.c(number, ir.IndexType.get())
+
+
+def as_index(number: ir.Value) -> ir.Value:
+    """Of the type that places have."""
+    return arith.index_cast(ir.IndexType.get(), number)
+
+
+def greater(a: ir.Value, b: ir.Value) -> ir.Value:
+    """a > b."""
+    return arith.cmpi(arith.CmpIPredicate.ugt, a, b)
+
+
+def store_sums(part: mgpu.FragmentedArray, target: ir.Value, start: int) -> None:
+    """A warp's sums over its rows of a float32 tile [64 n, 64], and those of squares: to target [4, 2, columns].
+
+    There they are the columns from `start` on, of the warp's own of four; the tile is laid out as WGMMA leaves it. A
+    thread has 16 columns, pairs of eight apart, as have seven others. In three turns each leaves half of its sums to
+    one of them, and takes the other half of that one's: in the end it has four, of all eight threads.
+    """
+    i32 = ir.IntegerType.get_signless(32)
+    height, width = part.shape
+    registers = part.registers.reshape(height // 64, width // 8, 2)  # pairs of columns
+
+    def scalars(eight: int, i: int) -> list[ir.Value]:
+        at = ir.DenseI64ArrayAttr.get([i])
+        return [vector.extract(r, dynamic_position=[], static_position=at) for r in registers[:, eight].flat]
+
+    columns = [scalars(eight, i) for eight in range(width // 8) for i in range(2)]
+    sums = [functools.reduce(arith.addf, values) for values in columns]
+    sums += [functools.reduce(arith.addf, [arith.mulf(v, v) for v in values]) for values in columns]
+    thread = arith.remui(utils.thread_idx(), mgpu.c(32, i32))
+    for distance in (16, 8, 4):
+        bit = arith.andi(thread, mgpu.c(distance, i32))
+        upper = arith.cmpi(arith.CmpIPredicate.ne, bit, mgpu.c(0, i32))
+        pairs = list(zip(sums[: len(sums) // 2], sums[len(sums) // 2 :], strict=True))
+        left = [utils.shfl_bfly(arith.select(upper, low, high), distance) for low, high in pairs]
+        taken = [arith.select(upper, high, low) for low, high in pairs]
+        sums = [arith.addf(a, b) for a, b in zip(taken, left, strict=True)]
+    lane, warp = as_index(thread), rem(as_index(utils.warp_idx()), index(4))
+    kind, quarter = div(lane, index(16)), rem(div(lane, index(4)), index(4))
+    for i, value in enumerate(sums):
+        eight, pair = add(mul(quarter, index(2)), index(i // 2)), rem(lane, index(4))
+        column = add(add(mul(eight, index(8)), mul(pair, index(2))), index(start + i % 2))
+        memref.store(value, target, [warp, kind, column])
