@@ -14,7 +14,7 @@ from benchmarks.harness import markdown, one_line
 
 # The first that is found in a kernel's name. XLA calls its own kernels loop_..., input_... and wrapped_...
 KINDS = {
-    "convolutions of ours": r"convolve_3x3",
+    "convolutions of ours": r"convolve_mosaic",
     "ours, by Pallas": r"pallas|mosaic|jaxdiff|group_?norm|sum_of_products",
     "attention": r"fmha|flash|sdpa|attention|dot_do_o|convert_dq",
     "copies": r"copy|transpose|concatenate|memcpy|memset|nchwto|nhwcto",

@@ -9,9 +9,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxdiff.models import forms, norm
+from jaxdiff.models.convolutions import product_add
 from jaxdiff.models.layers import DEFAULT_KERNEL, ZEROS, Dtype
 from jaxdiff.models.norm import GroupNorm, Lacking, Map, Owing, settle
-from jaxdiff.models.products import HALF, add_products, each_product
+from jaxdiff.models.products import HALF, each_product
 
 TILE = 64  # positions that flash kernels take at a time
 LONGEST = 512  # positions, for kernels of our own
@@ -119,11 +120,12 @@ class Output(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "batch n c"], offset: Float[Array, " c"], residual: Float[Array, "batch n features"]
+        self, x: Float[Array, "batch h w c"], offset: Float[Array, " c"], residual: Float[Array, "batch h w features"]
     ) -> Owing:
         kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features))
         bias = self.param("bias", ZEROS, (self.features,)) + offset @ kernel
-        return Owing(add_products([x], [kernel.astype(self.dtype)], jax.lax.stop_gradient(bias), residual), bias)
+        y, sums = product_add(x, kernel.astype(self.dtype), jax.lax.stop_gradient(bias), residual)
+        return Owing(y, bias, sums)
 
 
 class Attention(nn.Module):
@@ -163,7 +165,5 @@ class Attention(nn.Module):
         q, k, v = (a.reshape(b, -1, heads, c // heads) for a in (q, k, v))
         if self.qk_norm:
             q, k = (nn.RMSNorm(dtype=self.dtype, name=f"norm_{n}")(a) for n, a in (("q", q), ("k", k)))
-        h = attend(q, k, v, self.chunk).reshape(b, height * width, c)
-        proj = Output(c, self.dtype, ZEROS if self.zero_init else DEFAULT_KERNEL, name="proj")
-        out = proj(h, v_bias, x.reshape(b, height * width, c))
-        return Owing(out.x.reshape(b, height, width, c), out.bias)
+        h = attend(q, k, v, self.chunk).reshape(x.shape)
+        return Output(c, self.dtype, ZEROS if self.zero_init else DEFAULT_KERNEL, name="proj")(h, v_bias, x)

@@ -1,4 +1,4 @@
-"""The 3x3 convolution of `jaxdiff.models.convolutions` as one GPU kernel, written in Mosaic GPU, for Hopper.
+"""The convolutions of `jaxdiff.models.convolutions` as one GPU kernel, written in Mosaic GPU, for Hopper.
 
 A block has three warpgroups. One has TMA copy pieces of the map and of the kernel to shared memory, 64 channels at a
 time: of the map all positions that a column of taps needs, with zeros for what lies beyond the border, of the kernel
@@ -23,24 +23,27 @@ from jaxlib.mlir.dialects import arith, gpu, memref, nvvm
 from jaxtyping import Array, Float
 
 from jaxdiff.models import convolutions, forms, mosaic, splitting
-from jaxdiff.models.convolutions import Added, Box, Cut, cut, reference
+from jaxdiff.models.convolutions import Added, Box, Cut, cut, has_sums, reference
 from jaxdiff.models.mosaic import (
     add,
     as_index,
+    compile_ahead,
     div,
     each_warp,
     each_warpgroup,
     greater,
     index,
     mul,
+    next_slot,
     rem,
     store_sums,
     sub,
+    wait,
 )
 
 FILES = __file__, convolutions.__file__, mosaic.__file__
 SOURCE = [zlib.crc32(pathlib.Path(str(file)).read_bytes()) for file in FILES]
-NAME = "convolve_3x3"
+NAME = "convolve"
 CHANNELS = 64  # at a time: lines of 128 bytes, which shared memory is swizzled by
 PIECE = 64  # positions that are written at once
 COPYING, MULTIPLYING = 56, 224  # registers of a thread
@@ -50,25 +53,28 @@ COPYING, MULTIPLYING = 56, 224  # registers of a thread
 def build(
     shape: tuple[int, int, int, int],
     features: int,
+    side: int,
     dtype: Any,
     chosen: Cut,
     added: Added,
     summed: bool,
     blocks: int,
 ) -> Callable[..., Any]:
-    """The kernel for maps of `shape`: of a map, a kernel [9 c, features], and of what is added.
+    """The kernel for maps of `shape`: of a map, a kernel [side^2 c, features], and of what is added.
 
     Those are, where there are such, a bias, a map, and other maps and their kernels. Its results are the map, and if
-    `summed` sums. Args: blocks, that are at work at once: the GPU's multiprocessors.
+    `summed` sums. With 2 taps to a side there are four kernels, one after the other, for each second row and column of
+    a map [batch * height, 2, width, 2, features], and nothing is added.
+    Args: blocks, that are at work at once: the GPU's multiprocessors.
     """
     (batch, height, width, channels), (biased, residual, widths) = shape, added
-    box, taps = chosen.box, chosen.taps
+    box, taps, kinds = chosen.box, chosen.taps, 4 if side == 2 else 1
     halo = box._replace(height=box.height + taps - 1)
     across, down = width // box.width, height // box.height
     columns = features // chosen.columns
-    tiles = batch // box.images * down * across * columns
+    tiles = batch // box.images * down * across * kinds * columns
     blocks, chunks = min(blocks, tiles), channels // CHANNELS
-    groups = 9 // taps * chunks
+    groups = side**2 // taps * chunks
     written, pieces = chosen.columns // CHANNELS, chosen.rows // PIECE  # beside and below one another
     small = Box.of(PIECE, height, width)
     positions = box.images * box.height * box.width
@@ -90,29 +96,18 @@ def build(
         which = as_index(warpgroup)
         turns = div(sub(index(tiles + blocks - 1), block), index(blocks))
 
-        def origin(turn: ir.Value) -> tuple[ir.Value, ir.Value, ir.Value, ir.Value]:
-            """The first image, row, column and feature of a tile; neighbours have the same positions."""
+        def origin(turn: ir.Value) -> tuple[ir.Value, ...]:
+            """The first image, row, column and feature of a tile, and its kind; neighbours have the same positions."""
             tile = add(block, mul(turn, index(blocks)))
             place, feature = div(tile, index(columns)), mul(rem(tile, index(columns)), index(chosen.columns))
+            place, kind = div(place, index(kinds)), rem(place, index(kinds))
             image, place = div(place, index(down * across)), rem(place, index(down * across))
-            row, column = div(place, index(across)), rem(place, index(across))
-            return mul(image, index(box.images)), mul(row, index(box.height)), mul(column, index(box.width)), feature
+            starts = [image, div(place, index(across)), rem(place, index(across))]
+            return *(mul(start, index(size)) for start, size in zip(starts, box, strict=True)), feature, kind
 
         def window(box: Box, image: ir.Value, row: ir.Value, column: ir.Value, channel: ir.Value) -> tuple[Any, ...]:
             starts, sizes = (image, row, column, channel), (*box, CHANNELS)
             return tuple(mgpu.ds(start, size) for start, size in zip(starts, sizes, strict=True))
-
-        def wait(barriers: Any, slots: int, count: ir.Value) -> ir.Value:
-            """The slot of the piece before which there were `count`, once its barrier has been reached for it."""
-            slot, odd = rem(count, index(slots)), rem(div(count, index(slots)), index(2))
-            barriers[slot].wait_parity(greater(odd, index(0)))
-            return slot
-
-        def next_slot(barriers: Any, slots: int, count: ir.Value) -> ir.Value:
-            """The slot of that piece, once it is free."""
-            with utils.when(greater(count, index(slots - 1))):
-                wait(barriers, slots, sub(count, index(slots)))
-            return rem(count, index(slots))
 
         def before(turn: ir.Value) -> list[ir.Value]:
             """How many pieces of kernels and of maps have been copied for the tiles before."""
@@ -120,7 +115,9 @@ def build(
 
         def copies(turn: ir.Value) -> None:
             """Those for one tile."""
-            image, row, column, feature = origin(turn)
+            image, row, column, feature, kind = origin(turn)
+            starts = add(row, div(kind, index(2))), add(column, rem(kind, index(2)))
+            above, left = (sub(start, index(side // 2)) for start in starts)  # of the first tap
 
             def copy(source: ir.Value, target: ir.Value, where: Any, slot: ir.Value, transform: Any = ()) -> None:
                 ctx.async_copy(
@@ -140,17 +137,21 @@ def build(
             def group(step: ir.Value, counts: Any) -> Any:
                 count, maps = counts
                 tap, channel = div(step, index(chunks)), mul(rem(step, index(chunks)), index(CHANNELS))
-                # Either one of nine taps, or the three below one another, of three.
-                down, right = (index(0), tap) if taps == 3 else (div(tap, index(3)), rem(tap, index(3)))
-                at = sub(add(row, down), index(1)), sub(add(column, right), index(1))
+                # Either one of all taps, or those below one another, of as many.
+                down, right = (index(0), tap) if taps == side else (div(tap, index(side)), rem(tap, index(side)))
                 for i in range(taps):
                     if i == 0:
                         place = next_slot(map_empty, chosen.map_stages, maps)
                     slot = next_slot(empty, chosen.kernel_stages, count)
                     expect(slot, CHANNELS * (chosen.columns + (math.prod(halo) if i == 0 else 0)))
                     if i == 0:
-                        copy(x, utils.memref_slice(map_smem, place), window(halo, image, *at, channel), slot)
-                    line = add(mul(add(down, index(i)), index(3)), right)
+                        copy(
+                            x,
+                            utils.memref_slice(map_smem, place),
+                            window(halo, image, add(above, down), add(left, right), channel),
+                            slot,
+                        )
+                    line = add(mul(add(add(mul(kind, index(side)), down), index(i)), index(side)), right)
                     rows = mgpu.ds(add(mul(line, index(channels)), channel), CHANNELS), mgpu.ds(feature, chosen.columns)
                     copy(kernel, utils.memref_slice(kernel_smem, slot), rows, slot, tiled)
                     count = add(count, index(1))
@@ -183,7 +184,7 @@ def build(
 
         def multiplies(turn: ir.Value) -> None:
             """Those of one tile, and its result written."""
-            image, row, column, feature = origin(turn)
+            image, row, column, feature, kind = origin(turn)
             own = mul(which, index(chosen.rows))  # its first position
 
             def read(place: ir.Value, below: int = 0) -> ir.Value:
@@ -259,12 +260,13 @@ def build(
                     rows = part[below * PIECE : (below + 1) * PIECE].astype(mlir.dtype_to_ir_type(jnp.dtype(dtype)))
                     rows.store_tiled(slot, swizzle=128)
                     mgpu.commit_shared()
-                    ctx.async_copy(
-                        src_ref=utils.memref_reshape(slot, (*small, CHANNELS)),
-                        dst_ref=out,
-                        gmem_slice=window(small, at, line, column, add(feature, index(beside * CHANNELS))),
-                        swizzle=128,
-                    )
+                    where = window(small, at, line, column, add(feature, index(beside * CHANNELS)))
+                    if side == 2:
+                        lines = mgpu.ds(add(mul(at, index(height)), line), small.images * small.height)
+                        down, right = (mgpu.ds(i, 1) for i in (div(kind, index(2)), rem(kind, index(2))))
+                        where = lines, down, where[2], right, where[3]
+                    source = utils.memref_reshape(slot, tuple(piece.length for piece in where))
+                    ctx.async_copy(src_ref=source, dst_ref=out, gmem_slice=where, swizzle=128)
             if summed:
                 write_sums(turn, feature)
 
@@ -293,11 +295,11 @@ def build(
             ctx.await_async_copy(0)
 
     of = functools.partial(jax.ShapeDtypeStruct, dtype=dtype)
-    result = of((batch, height, width, features))
-    inputs = [of(shape), of((9 * channels, features))]
+    result = of((batch * height, 2, width, 2, features) if side == 2 else (batch, height, width, features))
+    inputs = [of(shape), of((kinds * side**2 * channels, features))]
     inputs += [jax.ShapeDtypeStruct((features,), jnp.float32)] * biased + [result] * residual
     inputs += [*(of((batch, height, width, size)) for size in widths), *(of((size, features)) for size in widths)]
-    sums = jax.ShapeDtypeStruct((batch * height * width // chosen.rows, 2, features), jnp.float32)
+    sums = jax.ShapeDtypeStruct((kinds * batch * height * width // chosen.rows, 2, features), jnp.float32)
     shared = [
         of((chosen.map_stages, *halo, CHANNELS)),
         of((chosen.kernel_stages, CHANNELS // 8, chosen.columns // CHANNELS, 8, CHANNELS)),
@@ -308,7 +310,7 @@ def build(
         mgpu.Barrier(arrival_count=2 * 4, num_barriers=chosen.map_stages),
     ]
     with mlir.make_ir_context(), ir.Location.unknown():
-        return mgpu.as_gpu_kernel(
+        kernel = mgpu.as_gpu_kernel(
             body,
             grid=(blocks, 1, 1),
             block=(3 * 128, 1, 1),
@@ -318,6 +320,8 @@ def build(
             module_name=NAME,
             kernel_name=NAME,
         )
+    compile_ahead(kernel, inputs)
+    return kernel
 
 
 # Jitted, so that convolutions of the same shapes are traced and lowered once for all of them.
@@ -325,22 +329,24 @@ def build(
 def convolve(
     summed: bool,
     x: Float[Array, "batch h w c"],
-    kernel: Float[Array, "3 3 c features"],
+    kernel: Float[Array, "*taps c features"],
     bias: Float[Array, " features"] | None,
     residual: Float[Array, "batch h w features"] | None,
     parts: tuple[Float[Array, "batch h w _"], ...],
     kernels: tuple[Float[Array, "_ features"], ...],
 ) -> Any:
-    """As `convolutions.convolve`, added up in float32.
+    """As `convolutions.convolve`, or `convolutions.spread`, added up in float32: a list of the map, and maybe its sums.
 
     Where the batch is split over devices each has its own images.
     """
-    features, (batch, height, width, _) = kernel.shape[-1], x.shape
+    (*_, side, _, features), (batch, height, width, _) = kernel.shape, x.shape
+    scale = 2 if side == 2 else 1
     bias = None if bias is None else bias.astype(jnp.float32)
     added = Added(bias is not None, residual is not None, tuple(part.shape[-1] for part in parts))
-    results = [jax.ShapeDtypeStruct((batch, height, width, features), x.dtype)]
-    if summed and height * width >= 256:  # or a tile has several images
-        results.append(jax.ShapeDtypeStruct((batch, height * width // 128, 2, features), jnp.float32))
+    results = [jax.ShapeDtypeStruct((batch, scale * height, scale * width, features), x.dtype)]
+    if summed and has_sums(x.shape):
+        runs = scale**2 * height * width // 128
+        results.append(jax.ShapeDtypeStruct((batch, runs, 2, features), jnp.float32))
     # What there is for each image, and for all of them.
     each, one = (x, residual, parts), (kernel, bias, kernels)
     trees = [jax.tree.structure(tree) for tree in (each, one)]
@@ -349,11 +355,15 @@ def convolve(
     def call(*arrays: Array) -> list[Array]:
         x, residual, parts = jax.tree.unflatten(trees[0], arrays[: len(first)])
         kernel, bias, kernels = jax.tree.unflatten(trees[1], [a[0] for a in arrays[len(first) :]])
-        chosen = cut(x.shape, features)
+        chosen = cut(x.shape, features, side)
         if chosen is None:  # with so few images of a device
             return [reference(x, kernel, bias, residual, parts, kernels)]
-        run = build(x.shape, features, x.dtype, chosen, added, len(results) > 1, forms.multiprocessors())
+        blocks = forms.multiprocessors()
+        run = build(x.shape, features, side, x.dtype, chosen, added, len(results) > 1, blocks)
         inputs = jax.tree.leaves((x, kernel.reshape(-1, features), bias, residual, parts, kernels))
-        return [a.reshape(len(x), *result.shape[1:]) for a, result in zip(run(*inputs), results, strict=True)]
+        y, *sums = run(*inputs)
+        # Of 128 positions each, as on other devices, that may have other tiles.
+        sums = [a.reshape(len(x), -1, 128 // chosen.rows, 2, features).sum(axis=2) for a in sums]
+        return [y.reshape(len(x), *results[0].shape[1:]), *sums]
 
     return splitting.over_batch(call, (SOURCE, added), [*first, *(a[None] for a in rest)], results)

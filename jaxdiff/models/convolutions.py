@@ -1,4 +1,7 @@
-"""3x3 convolutions with padding 1, as one operation with what is added to them: a bias, a map, products of others."""
+"""3x3 convolutions with padding 1, as one operation with what is added to them: a bias, a map, products of others.
+
+And by the same kernel, for the sums that it has of its results, those of upsampled maps and attention's last product.
+"""
 
 import functools
 import math
@@ -61,11 +64,10 @@ class Added(NamedTuple):
     widths: tuple[int, ...]
 
 
-def cut(shape: Sequence[int], features: int) -> Cut | None:
-    """That for maps of this shape; None where the kernel does not fit them.
+def cut(shape: Sequence[int], features: int, side: int = 3) -> Cut | None:
+    """That for maps of this shape and kernels of `side` taps, rows and columns; None where the kernel does not fit.
 
-    Of 128 positions for a warpgroup, or of 64 where tiles are of several images and fewer multiprocessors are without
-    work then.
+    Of 128 positions for a warpgroup, or of 64 where fewer multiprocessors are without work then.
     """
     batch, height, width, channels = shape
     if channels % 64 or features % 128 or Box.of(64, height, width) is None:
@@ -73,24 +75,30 @@ def cut(shape: Sequence[int], features: int) -> Cut | None:
     best, found = 0.0, None
     for rows, worth in ((128, 1.0), (64, 0.85)):
         box = Box.of(2 * rows, height, width)
-        if box is None or batch % box.images or (rows == 64 and box.images == 1):
+        if box is None or batch % box.images:
             continue
-        rounds = batch * height * width // (2 * rows) * (features // 128) / forms.multiprocessors()
+        tiles = batch * height * width // (2 * rows) * (features // 128) * (4 if side == 2 else 1)
+        rounds = tiles / forms.multiprocessors()
         if rounds / math.ceil(rounds) * worth > best:
             best = rounds / math.ceil(rounds) * worth
             # Shared memory is read in eights of positions, of which a row has to have some to be a tap below another.
-            taps = 3 if box.images == 1 and box.width % 8 == 0 else 1
+            taps = side if box.images == 1 and box.width % 8 == 0 else 1
             found = Cut(rows, 128, box, taps, 3 if box.images == 1 else 4, 4)
     return found
 
 
-def has_kernel(x: Any, features: int) -> bool:
+def has_sums(shape: Sequence[int]) -> bool:
+    """Whether the kernel has sums of maps of this shape for norms: else a tile has several images."""
+    return shape[1] * shape[2] >= 256
+
+
+def has_kernel(x: Any, features: int, side: int = 3) -> bool:
     """Whether the convolution of x [B, H, W, C], or its shape, is a kernel of our own: in half precision, on Hopper.
 
     No interpreter runs it.
     """
     on_gpu = norm.has_kernel() and not norm.INTERPRET and forms.capability() == 9.0
-    return on_gpu and x.dtype in HALF and cut(x.shape, features) is not None
+    return on_gpu and x.dtype in HALF and cut(x.shape, features, side) is not None
 
 
 def convolve_add(
@@ -115,16 +123,57 @@ def convolve_add(
     return reference(x, kernel, bias, residual), None
 
 
+def product_add(
+    x: Float[Array, "batch h w c"],
+    kernel: Float[Array, "c features"],
+    bias: Float[Array, " features"],
+    residual: Float[Array, "batch h w features"],
+) -> tuple[Float[Array, "batch h w features"], Sums | None]:
+    """residual + (x @ kernel + bias), and its sums for a norm, if they cost next to nothing; all but the bias of one
+    dtype."""
+    if has_sums(x.shape) and residual.dtype == x.dtype and has_kernel(x, kernel.shape[-1], side=1):
+        y, *sums = convolve(True, x, kernel[None, None], bias, residual)
+        return checkpoint_name(y, NAME), sums[0]
+    return add_products([x], [kernel], bias, residual), None
+
+
+def spread(
+    x: Float[Array, "batch h w c"], kernel: Float[Array, "4 4 features c"]
+) -> tuple[Float[Array, "batch 2*h 2*w features"], Sums | None]:
+    """The transpose of a convolution of stride 2 with padding 1 by the kernel, and its sums as those of `convolve_add`.
+
+    Of the result each second row begins with one of two pairs of taps, and each second column so: four kernels.
+    """
+    from jaxdiff.models import convolution_kernels  # Mosaic takes a second to import
+
+    taps = kernel[::-1, ::-1].reshape(2, 2, 2, 2, *kernel.shape[2:])  # tap, which rows, tap, which columns
+    y, *sums = convolution_kernels.convolve(True, x, taps.transpose(1, 3, 0, 2, 5, 4), None, None, (), ())
+    return y, sums[0] if sums else None
+
+
 def reference(
     x: Float[Array, "batch h w c"],
-    kernel: Float[Array, "3 3 c features"],
+    kernel: Float[Array, "*taps c features"],
     bias: Float[Array, " features"] | None = None,
     residual: Float[Array, "batch h w features"] | None = None,
     parts: Sequence[Float[Array, "batch h w _"]] = (),
     kernels: Sequence[Float[Array, "_ features"]] = (),
 ) -> Float[Array, "batch h w features"]:
-    """residual + (convolution + bias) + (sum of part @ kernel), left to XLA; of these cuDNN adds the first itself."""
-    y = jax.lax.conv_general_dilated(x, kernel, (1, 1), ((1, 1), (1, 1)), dimension_numbers=LAYOUT)
+    """residual + (convolution + bias) + (sum of part @ kernel), left to XLA; of these cuDNN adds the first itself.
+
+    Args: kernel [side, side, c, features], or as in `spread` [2, 2, 2, 2, c, features].
+    """
+
+    def convolution(kernel: Array, *padding: tuple[int, int]) -> Array:
+        return jax.lax.conv_general_dilated(x, kernel, (1, 1), padding, dimension_numbers=LAYOUT)
+
+    if kernel.ndim == 6:
+        rows = [[convolution(kernel[i, j], (1 - i, i), (1 - j, j)) for j in range(2)] for i in range(2)]
+        y = jnp.stack([jnp.stack(row, axis=3) for row in rows], axis=2)  # [batch, h, 2, w, 2, features]
+        y = y.reshape(len(x), 2 * x.shape[1], 2 * x.shape[2], -1)
+    else:
+        around = kernel.shape[0] // 2
+        y = convolution(kernel, (around, around), (around, around))
     if bias is not None:
         y = norm.add_bias(y, bias)
     if residual is not None:
@@ -136,7 +185,7 @@ def reference(
 def convolve(
     summed: bool,
     x: Float[Array, "batch h w c"],
-    kernel: Float[Array, "3 3 c features"],
+    kernel: Float[Array, "side side c features"],
     bias: Float[Array, " features"] | None = None,
     residual: Float[Array, "batch h w features"] | None = None,
     parts: tuple[Float[Array, "batch h w _"], ...] = (),
@@ -157,9 +206,13 @@ def _forward(summed: bool, *inputs: Any) -> Any:
 
 def _backward(summed: bool, saved: Any, gradients: Any) -> Any:
     (x, kernel, bias, residual, parts, kernels), dy = saved, gradients[0]
-    turned = kernel[::-1, ::-1].swapaxes(2, 3)
-    dx = convolve(False, dy, turned)[0] if has_kernel(dy, x.shape[-1]) else reference(dy, turned)
-    (dkernel,) = jax.linear_transpose(lambda kernel: reference(x, kernel), kernel)(dy)
+    if kernel.shape[0] == 1:
+        (dx,), (dkernel,) = product_gradients([x], [kernel[0, 0]], dy)
+        dkernel = dkernel[None, None]
+    else:
+        turned = kernel[::-1, ::-1].swapaxes(2, 3)
+        dx = convolve(False, dy, turned)[0] if has_kernel(dy, x.shape[-1]) else reference(dy, turned)
+        (dkernel,) = jax.linear_transpose(lambda kernel: reference(x, kernel), kernel)(dy)
     dbias = None if bias is None else dy.sum(axis=(0, 1, 2), dtype=bias.dtype)
     return dx, dkernel, dbias, None if residual is None else dy, *product_gradients(parts, kernels, dy)
 

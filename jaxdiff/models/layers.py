@@ -9,11 +9,12 @@ from typing import Any, Literal
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
-from jaxdiff.models import forms
+from jaxdiff.models import convolutions, forms
 from jaxdiff.models.convolutions import LAYOUT, convolve_add
-from jaxdiff.models.norm import GroupNorm, Lacking, Map, Owing, Settled, add_bias, missing, sums_of
+from jaxdiff.models.norm import GroupNorm, Lacking, Map, Owing, Settled, Sums, add_bias, missing
 from jaxdiff.models.products import HALF
 
 Dtype = Any
@@ -53,8 +54,10 @@ def convolve(
 
 def upsample_convolve(
     x: Float[Array, "batch h w c"], kernel: Float[Array, "3 3 c features"]
-) -> Float[Array, "batch 2*h 2*w features"]:
+) -> tuple[Float[Array, "batch 2*h 2*w features"], Sums | None]:
     """3x3 convolution with padding 1 of the image upsampled by 2, from the image itself: 4/9 of the multiplications.
+
+    And its sums for a norm, if they cost next to nothing.
 
     A pixel, which is two rows (and columns) of the upsampled image, reaches four rows of the result, the middle ones
     with two weights at once. That is the transpose of a convolution of stride 2, from the result to the image, which
@@ -67,7 +70,8 @@ def upsample_convolve(
     # With a barrier, for XLA would take the gradient apart again in the sum of its squares, slowly.
     kernel = jax.lax.optimization_barrier(kernel)
     composed = jax.vmap(taps)(taps(kernel)).swapaxes(2, 3)
-    return _spread(x, composed.astype(x.dtype))
+    y, sums = _spread(x, composed.astype(x.dtype))
+    return checkpoint_name(y, convolutions.NAME), sums
 
 
 def _gather(
@@ -79,15 +83,17 @@ def _gather(
 @jax.custom_vjp
 def _spread(
     x: Float[Array, "batch h w c"], kernel: Float[Array, "4 4 features c"]
-) -> Float[Array, "batch 2*h 2*w features"]:
-    """The transpose of `_gather` for its first argument."""
+) -> tuple[Float[Array, "batch 2*h 2*w features"], Sums | None]:
+    """The transpose of `_gather` for its first argument, and maybe its sums."""
     b, h, w, _ = x.shape
+    if convolutions.has_kernel(x, kernel.shape[2], side=2):
+        return convolutions.spread(x, kernel)
     y = jax.ShapeDtypeStruct((b, 2 * h, 2 * w, kernel.shape[2]), x.dtype)
-    return jax.linear_transpose(lambda y: _gather(y, kernel), y)(x)[0]
+    return jax.linear_transpose(lambda y: _gather(y, kernel), y)(x)[0], None
 
 
-def _spread_backward(saved: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
-    x, kernel = saved
+def _spread_backward(saved: tuple[Array, Array], gradients: tuple[Array, Any]) -> tuple[Array, Array]:
+    (x, kernel), (dy, _) = saved, gradients
     # JAX's own gradient of the kernel is of an image with zeros between, which XLA would compute.
     dx, gather_backward = jax.vjp(lambda kernel: _gather(dy, kernel), kernel)
     return dx, gather_backward(x)[0]
@@ -138,7 +144,7 @@ Form = Literal["plain", "down", "down_after", "up", "first", "few"]
 FORMS: dict[str, tuple[Callable[[Array, Array], Array], Callable[[Array, Array], Array]]] = {  # fast, plain
     "down": (strided((1, 1)), strided((1, 1))),
     "down_after": (strided((0, 1)), strided((0, 1))),
-    "up": (upsample_convolve, lambda x, kernel: convolve(upsample(x), kernel)),
+    "up": (lambda x, kernel: upsample_convolve(x, kernel)[0], lambda x, kernel: convolve(upsample(x), kernel)),
     "first": (convolve_few, convolve),
     "few": (project_convolve, lambda x, kernel: convolve(x.astype(jnp.float32), kernel)),
 }
@@ -177,6 +183,8 @@ class Conv3x3(nn.Module):
             return Owing(y, bias, sums)
         if self.form == "plain":
             y, sums = convolve_add(x, kernel)
+        elif self.form == "up" and not forms.plain():
+            y, sums = upsample_convolve(x, kernel)
         else:
             y = FORMS[self.form][1 if forms.plain() else 0](x, kernel)
         return Lacking(y, bias, sums) if self.bias_apart else add_bias(y, bias)
@@ -243,8 +251,7 @@ class ResBlock(nn.Module):
         def norm(name: str) -> GroupNorm:
             return GroupNorm(self.norm_groups, self.eps, self.dtype, silu=True, name=name)
 
-        h, parts, others = norm("norm_in")(x)
-        seen = [Settled(other, sums_of(part)) for other, part in zip(others, x, strict=True)]
+        h, parts, seen = norm("norm_in")(x)
         if self.resample == "down":
             h = average_pool(h)
         if self.resample:

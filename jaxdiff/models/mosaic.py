@@ -1,13 +1,19 @@
-"""Arithmetic that kernels in Mosaic GPU are written with, and sums over a warp's share of a tile."""
+"""Arithmetic that kernels in Mosaic GPU are written with, rings of shared memory, and sums over a warp's share of a
+tile."""
 
 import functools
+from collections.abc import Callable, Sequence
+from concurrent import futures
+from typing import Any
 
+import jax
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.mosaic.gpu import utils
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, memref, vector
 
 add, sub, mul, div, rem = arith.addi, arith.subi, arith.muli, arith.divui, arith.remui
+AHEAD = futures.ThreadPoolExecutor(1)
 # Of the threads of each, one.
 each_warpgroup = functools.partial(utils.single_thread_predicate, utils.ThreadSubset.WARPGROUP)
 each_warp = functools.partial(utils.single_thread_predicate, utils.ThreadSubset.WARP)
@@ -26,6 +32,30 @@ def as_index(number: ir.Value) -> ir.Value:
 def greater(a: ir.Value, b: ir.Value) -> ir.Value:
     """a > b."""
     return arith.cmpi(arith.CmpIPredicate.ugt, a, b)
+
+
+def compile_ahead(kernel: Callable[..., Any], inputs: Sequence[jax.ShapeDtypeStruct]) -> None:
+    """Has a kernel compiled on the side, for XLA to find it when it comes to the program that the kernel is in.
+
+    It compiles all those of a program one after the other, each for half a second to one.
+    """
+    if jax.default_backend() == "gpu":
+        # Lowered here, for two threads may not do that with the same kernel at once.
+        AHEAD.submit(jax.jit(kernel).lower(*inputs).compile)
+
+
+def wait(barriers: Any, slots: int, count: ir.Value) -> ir.Value:
+    """The slot of the piece before which there were `count`, once its barrier has been reached for it."""
+    slot, odd = rem(count, index(slots)), rem(div(count, index(slots)), index(2))
+    barriers[slot].wait_parity(greater(odd, index(0)))
+    return slot
+
+
+def next_slot(barriers: Any, slots: int, count: ir.Value) -> ir.Value:
+    """The slot of that piece, once it is free."""
+    with utils.when(greater(count, index(slots - 1))):
+        wait(barriers, slots, sub(count, index(slots)))
+    return rem(count, index(slots))
 
 
 def store_sums(part: mgpu.FragmentedArray, target: ir.Value, start: int) -> None:

@@ -37,7 +37,7 @@ Sums = Float[Array, "batch some 2 c"]
 
 
 class Settled(NamedTuple):
-    """A map, and its sums where whoever made it had them at hand."""
+    """A map, and its sums where whoever made it, or normed it, had them at hand."""
 
     x: Float[Array, "*rest c"]
     sums: Sums | None = None
@@ -127,7 +127,8 @@ class GroupNorm(nn.Module):
     There are `groups` groups, or the largest divisor of both where that does not divide the channels. Who uses the
     parts besides takes the returned ones, of which there are two for two uses: their gradients are then added up where
     the norm's own are computed, and what a part owes is settled there. What it lacks the returned ones lack still.
-    Statistics are float32, and of the parts' sums where all of them have such. Source: Wu & He 2018 (arXiv 1803.08494).
+    Statistics are float32, and of the parts' sums where all of them have such; else the second of the returned ones
+    have those that were computed. Source: Wu & He 2018 (arXiv 1803.08494).
 
     Attributes: silu: whether act is SiLU; else it is the identity. dtype: of the result.
     """
@@ -144,7 +145,7 @@ class GroupNorm(nn.Module):
         offset: Float[Array, "#batch c"] | None = None,
         scale: Float[Array, "batch c"] | None = None,
         shift: Float[Array, "batch c"] | None = None,
-    ) -> tuple[Float[Array, "batch h w c"], list[Float[Array, "batch h w _"]], list[Float[Array, "batch h w _"]]]:
+    ) -> tuple[Float[Array, "batch h w c"], list[Float[Array, "batch h w _"]], list[Settled]]:
         owed = tuple(part.bias if isinstance(part, Owing) else None for part in parts)
         maps = [bare(part) for part in parts]
         channels, (b, h, w, _) = sum(x.shape[-1] for x in maps), maps[0].shape
@@ -163,9 +164,10 @@ class GroupNorm(nn.Module):
         found = [sums_of(part) for part in parts]
         sums = tuple(s for s in found if s is not None)
         known = sums if len(sums) == len(parts) else ()
-        y, *uses = (normalise if has_kernel() else reference)(norm, flat, offset, p, q, owed, known)
+        y, *uses, computed = (normalise if has_kernel() else reference)(norm, flat, offset, p, q, owed, known)
         own, others = ([x.reshape(b, h, w, -1) for x in use] for use in uses)
-        return y.reshape(b, h, w, channels), own, others
+        seen = [Settled(x, s) for x, s in zip(others, computed or found, strict=True)]
+        return y.reshape(b, h, w, channels), own, seen
 
 
 def reference(
@@ -176,8 +178,8 @@ def reference(
     q: Float[Array, "#b c"],
     owed: tuple[Array | None, ...] = (),
     sums: tuple[Sums, ...] = (),
-) -> tuple[Float[Array, "b n c"], tuple[Array, ...], tuple[Array, ...]]:
-    """act(p x + q) of the normalised concatenation [B, N, C] plus offset, and the parts twice; left to XLA.
+) -> tuple[Float[Array, "b n c"], tuple[Array, ...], tuple[Array, ...], tuple[Sums, ...]]:
+    """act(p x + q) of the normalised concatenation [B, N, C] plus offset, the parts twice, and no sums; left to XLA.
 
     Offset, p and q are [B, C], or [1, C] for all images; `owed` is () or what each part owes, if it does; `sums`, () or
     those of all parts, are constants, and not used here.
@@ -194,7 +196,7 @@ def reference(
     inv = jax.lax.rsqrt(jnp.maximum(variance, 0.0) + norm.eps)
     mean, inv = (jnp.repeat(a, grouped.shape[-1], axis=1) for a in (mean, inv))
     y = (x - mean[:, None]) * (inv * p)[:, None] + q[:, None]
-    return (nn.silu(y) if norm.silu else y).astype(norm.dtype), parts, parts
+    return (nn.silu(y) if norm.silu else y).astype(norm.dtype), parts, parts, ()
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -206,11 +208,15 @@ def normalise(
     q: Float[Array, "#b c"],
     owed: tuple[Array | None, ...] = (),
     sums: tuple[Sums, ...] = (),
-) -> tuple[Float[Array, "b n c"], tuple[Array, ...], tuple[Array, ...]]:
-    """`reference` by the kernels of `jaxdiff.models.norm_kernels`: forward's does not sum where the sums are known."""
+) -> tuple[Float[Array, "b n c"], tuple[Array, ...], tuple[Array, ...], tuple[Sums, ...]]:
+    """`reference` by the kernels of `jaxdiff.models.norm_kernels`: forward's sums where the sums are not known.
+
+    Those are returned then, as constants to whoever differentiates.
+    """
     from jaxdiff.models import norm_kernels  # Pallas takes a second to import
 
-    return norm_kernels.forward(norm, parts, offset, p, q, sums)[0], parts, parts
+    y, _, computed = norm_kernels.forward(norm, parts, offset, p, q, sums)
+    return y, parts, parts, tuple(computed)
 
 
 def _forward(norm: Norm, *primals: Any) -> Any:
@@ -218,15 +224,15 @@ def _forward(norm: Norm, *primals: Any) -> Any:
 
     values = jax.tree.map(lambda a: a.value, primals, is_leaf=lambda a: isinstance(a, CustomVJPPrimal))
     parts, offset, p, q, owed, sums = values
-    y, stats = norm_kernels.forward(norm, parts, offset, p, q, sums)
-    return (y, parts, parts), (parts, offset, p, q, stats, owed, (None,) * len(sums))
+    y, stats, computed = norm_kernels.forward(norm, parts, offset, p, q, sums)
+    return (y, parts, parts, tuple(computed)), (parts, offset, p, q, stats, owed, (None,) * len(sums))
 
 
 def _backward(norm: Norm, saved: Any, gradients: Any) -> Any:
     from jaxdiff.models import norm_kernels
 
     parts, offset, p, q, stats, owed, no_sums = saved
-    dy, *uses = jax.tree.map(lambda g: None if isinstance(g, SymbolicZero) else g, gradients)
+    dy, *uses, _ = jax.tree.map(lambda g: None if isinstance(g, SymbolicZero) else g, gradients)
     if dy is None:
         dy = jnp.zeros(gradients[0].shape, gradients[0].dtype)
     kept = [use for use in uses if any(g is not None for g in use)]

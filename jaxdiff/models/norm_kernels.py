@@ -25,14 +25,15 @@ SOURCE = [zlib.crc32(pathlib.Path(str(file)).read_bytes()) for file in (__file__
 
 def forward(
     norm: Norm, parts: Sequence[Array], offset: Array | None, p: Array, q: Array, sums: Sequence[Sums] = ()
-) -> tuple[Array, list[Array]]:
-    """y [B, N, C], and [B, C] of each channel: its group's mean and 1 / standard deviation, and maybe its own mean.
+) -> tuple[Array, list[Array], list[Sums]]:
+    """y [B, N, C]; [B, C] of each channel: its group's mean and 1 / standard deviation, and maybe its own mean; sums.
 
-    That with an offset only. See `norm.normalise`.
+    A channel's own mean with an offset only, the parts' sums unless they are known. See `norm.normalise`.
     """
     blocks = cut(parts[0].shape[1], sum(part.shape[-1] for part in parts), norm.groups, False, bool(sums))
-    y, *stats = _forward(norm, blocks, tuple(parts), offset, p, q, tuple(sums))
-    return y, stats
+    y, *rest = _forward(norm, blocks, tuple(parts), offset, p, q, tuple(sums))
+    count = 2 if offset is None else 3
+    return y, rest[:count], rest[count:]
 
 
 # Jitted, here and below, so that norms of the same shapes are traced and lowered once for all of them.
@@ -47,7 +48,7 @@ def _forward(
     sums: tuple[Sums, ...],
 ) -> Any:
     widths, (batch, positions, _) = [part.shape[-1] for part in parts], parts[0].shape
-    count = len(parts)
+    count, of_channels = len(parts), 2 if offset is None else 3
     segments = segments_of(blocks, positions) if sums else 1
 
     def group_norm_forward(*refs: Any) -> None:
@@ -84,11 +85,13 @@ def _forward(
             totals, tile = tiles.load_sums(sums_refs), read(0)
         vectors = tiles.vector(p_ref), tiles.vector(q_ref)
         total, square = tiles.over_rows(totals)
+        if sums_refs is None:
+            tiles.store_sums(stats_refs[-count:], total, square)
         own = over(lambda total, shift: total / positions + shift, total, shift)
         mean = tiles.group_mean(over(lambda own: positions * own, own))
         squares = tiles.group_mean(over(about, square, total, own, mean))
         inv = over(lambda square: jax.lax.rsqrt(jnp.maximum(square, 0.0) + norm.eps), squares)
-        for ref, values in zip(stats_refs, (mean, inv, own), strict=False):
+        for ref, values in zip(stats_refs[:of_channels], (mean, inv, own), strict=False):
             tiles.store_vector(ref, values)
         slope = over(jnp.multiply, inv, vectors[0])
         constant = over(lambda q, s, m, a: q + (s - m) * a, vectors[1], shift, mean, slope)
@@ -102,7 +105,9 @@ def _forward(
     stats = jax.ShapeDtypeStruct((batch, sum(widths)), jnp.float32)
     y = jax.ShapeDtypeStruct((batch, positions, sum(widths)), norm.dtype)
     inputs = [*parts, *([] if offset is None else [offset]), p, q, *sums]
-    outputs = [y, *[stats] * (2 if offset is None else 3)]
+    outputs = [y, *[stats] * of_channels]
+    if not sums:
+        outputs += [jax.ShapeDtypeStruct((batch, 1, 2, width), jnp.float32) for width in widths]
     return _call(group_norm_forward, norm, blocks, inputs, outputs, segments)
 
 

@@ -216,6 +216,12 @@ class Tiles:
 
         return [over(functools.partial(read, kind), self.pieces, self.channel) for kind in range(2)]
 
+    def store_sums(self, refs: Sequence[Any], *sums: Sequence[Float[Array, " columns"]]) -> None:
+        """Write sums and those of squares, to parts' `refs` [1, 2, C_i]."""
+        for kind, values in enumerate(sums):
+            for piece, channel, value in zip(self.pieces, self.channel, values, strict=True):
+                triton.store(refs[piece.number].at[0, kind, channel - piece.low], value)
+
     def over_rows(self, totals: Sequence[Sequence[Array]]) -> list[list[Float[Array, " columns"]]]:
         """Their sums over the rows of a tile."""
         return [[total.sum(axis=0) for total in pieces] for pieces in totals]

@@ -90,11 +90,16 @@ def _convolution(equation: Any) -> int:
 
 
 def _convolution_kernel(equation: Any) -> int:
-    """Of `jaxdiff.models.convolution_kernels`, the one that is written in Mosaic: 3x3 with padding 1, and products."""
-    (batch, height, width, channels), _, *others = (v.aval.shape for v in equation.invars)
+    """Of `jaxdiff.models.convolution_kernels`, the one that is written in Mosaic: with padding, and products.
+
+    Of 3 taps to a side, or 4 of an upsampled map that are in four kernels, two have a position beyond the border.
+    """
+    (batch, height, width, channels), (lines, features), *others = (v.aval.shape for v in equation.invars)
     products = sum(math.prod(shape) for shape in others if len(shape) == 2)
-    taps = (3 * height - 2) * (3 * width - 2)
-    return batch * (channels * equation.outvars[0].aval.shape[-1] * taps + products * height * width)
+    side = math.isqrt(lines // channels)
+    beyond = 2 if side > 1 else 0
+    taps = (side * height - beyond) * (side * width - beyond)
+    return batch * (channels * features * taps + products * height * width)
 
 
 def _attention(equation: Any, products: int) -> int:

@@ -9,9 +9,10 @@ import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 from jaxdiff import mesh as meshes
-from jaxdiff.models import convolution_kernels, convolutions, forms, norm
-from jaxdiff.models.convolutions import Added, Box, Cut, convolve_add, cut, has_kernel, reference
-from jaxdiff.models.layers import ResBlock
+from jaxdiff.models import convolution_kernels, convolutions, forms, mosaic, norm
+from jaxdiff.models.attention import Attention
+from jaxdiff.models.convolutions import Added, Box, Cut, convolve_add, cut, has_kernel, product_add, reference
+from jaxdiff.models.layers import ResBlock, Upsample, upsample, upsample_convolve
 from jaxdiff.models.norm import settle, sums_of
 from jaxdiff.models.unet import REMAT
 from jaxdiff.training.flops import count_flops
@@ -24,7 +25,7 @@ def draw(name, *shape, dtype="float32"):
     return jax.random.normal(jax.random.fold_in(KEY, sum(map(ord, name))), shape).astype(dtype)
 
 
-def stand_in(shape, features, dtype, chosen, added, summed, blocks):
+def stand_in(shape, features, side, dtype, chosen, added, summed, blocks):
     """What `convolution_kernels.build` returns, computed by XLA: sums over as many positions as a warpgroup has."""
 
     def run(x, kernel, *rest):
@@ -32,7 +33,8 @@ def stand_in(shape, features, dtype, chosen, added, summed, blocks):
         bias = rest.pop(0) if added.bias else None
         residual = rest.pop(0) if added.residual else None
         parts, kernels = rest[: len(added.widths)], rest[len(added.widths) :]
-        y = reference(x, kernel.reshape(3, 3, -1, features), bias, residual, parts, kernels)
+        taps = (side,) * (4 if side == 2 else 2)
+        y = reference(x, kernel.reshape(*taps, -1, features), bias, residual, parts, kernels)
         runs = y.astype(jnp.float32).reshape(-1, chosen.rows, features)
         sums = jnp.stack([runs.sum(axis=1), jnp.square(runs).sum(axis=1)], axis=1)
         return (y, sums) if summed else (y,)
@@ -45,7 +47,7 @@ def kernels(monkeypatch):
     """As on a Hopper GPU, with norms run by the interpreter, and XLA in place of the kernel."""
     monkeypatch.setattr(norm, "has_kernel", lambda: True)
     monkeypatch.setattr(norm, "INTERPRET", True)
-    monkeypatch.setattr(convolutions, "has_kernel", lambda x, features: cut(x.shape, features) is not None)
+    monkeypatch.setattr(convolutions, "has_kernel", lambda x, *rest, **named: cut(x.shape, *rest, **named) is not None)
     monkeypatch.setattr(convolution_kernels, "build", stand_in)
     monkeypatch.setattr(forms, "CAPABILITY", 9.0)
     convolution_kernels.convolve.clear_cache()
@@ -83,10 +85,56 @@ def test_gradients_are_those_of_the_reference(side, width, features, widths, res
 
 def test_sums_are_of_the_result(kernels):
     y, sums = convolve_add(*inputs(2, 32, 64, 128, (), True))
-    assert sums.shape == (2, 8, 2, 128)
+    assert cut((2, 32, 32, 64), 128).rows == 64 and sums.shape == (2, 8, 2, 128)
     np.testing.assert_allclose(sums[:, :, 0].sum(axis=1), y.sum(axis=(1, 2)), rtol=1e-4, atol=1e-2)
     np.testing.assert_allclose(sums[:, :, 1].sum(axis=1), jnp.square(y).sum(axis=(1, 2)), rtol=1e-4)
     assert convolve_add(*inputs(16, 8, 64, 128, (), True))[1] is None  # several images a tile
+
+
+@pytest.mark.parametrize("side", [4, 8, 16])
+def test_upsampled_map(side, kernels):
+    """By four kernels, one for each second row and column; with sums where a tile is of one image."""
+    x, kernel, *_ = inputs(16, side, 64, 128, (), False)
+    ours = with_gradients(lambda *a: upsample_convolve(*a)[0], (x, kernel))
+    expected = with_gradients(lambda x, kernel: reference(upsample(x), kernel), (x, kernel))
+    for a, b in zip(ours, expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5 * np.abs(b).max())
+    y, sums = upsample_convolve(x, kernel)
+    assert (sums is None) == (side < 16)
+    if sums is not None:
+        assert sums.shape == (16, 8, 2, 128)
+        np.testing.assert_allclose(sums[:, :, 0].sum(axis=1), y.sum(axis=(1, 2)), rtol=1e-4, atol=1e-2)
+        np.testing.assert_allclose(sums[:, :, 1].sum(axis=1), jnp.square(y).sum(axis=(1, 2)), rtol=1e-4)
+
+
+@pytest.mark.parametrize("side", [8, 16])
+def test_product_with_what_is_added(side, kernels):
+    x, _, bias, residual, _, (kernel,) = inputs(4, side, 64, 128, (64,), True)
+    arguments = x, kernel, bias, residual
+    ours = with_gradients(lambda *a: product_add(*a)[0], arguments)
+    expected = with_gradients(
+        lambda x, kernel, bias, residual: x @ kernel + bias[None, None, None] + residual, arguments
+    )
+    for a, b in zip(ours, expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5 * np.abs(b).max())
+    y, sums = product_add(*arguments)
+    assert (sums is None) == (side < 16)
+    if sums is not None:
+        np.testing.assert_allclose(sums[:, :, 0].sum(axis=1), y.sum(axis=(1, 2)), rtol=1e-4, atol=1e-2)
+
+
+def test_attention_and_upsampling_leave_sums(kernels):
+    """And both are what they are without kernels."""
+    x = draw("x", 4, 16, 16, 128)
+    layers = Attention(64, jnp.float32, zero_init=False), Upsample(128, jnp.float32)
+    params = [layer.init(KEY, x) for layer in layers]
+    found = [layer.apply(p, x) for layer, p in zip(layers, params, strict=True)]
+    assert [sums_of(y).shape for y in found[:1]] + [found[1].sums.shape] == [(4, 2, 2, 128), (4, 8, 2, 128)]
+    with pytest.MonkeyPatch.context() as plain:
+        plain.setattr(norm, "has_kernel", lambda: False)
+        plain.setattr(convolutions, "has_kernel", lambda *_, **__: False)
+        for y, layer, p in zip(found, layers, params, strict=True):
+            np.testing.assert_allclose(settle(y), settle(layer.apply(p, x)), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -95,10 +143,11 @@ def test_sums_are_of_the_result(kernels):
         ((512, 32, 32, 128), 128, Cut(128, 128, Box(1, 8, 32), 3, 3, 4)),
         ((512, 16, 16, 256), 256, Cut(128, 128, Box(1, 16, 16), 3, 3, 4)),
         ((64, 128, 128, 128), 128, Cut(128, 128, Box(1, 8, 32), 3, 3, 4)),
+        ((64, 16, 16, 384), 384, Cut(64, 128, Box(1, 8, 16), 3, 3, 4)),  # 192 tiles for 132, or 384 smaller ones
         ((512, 8, 8, 256), 256, Cut(128, 128, Box(4, 8, 8), 1, 4, 4)),
         ((512, 4, 4, 256), 256, Cut(64, 128, Box(8, 4, 4), 1, 4, 4)),  # 64 tiles of 256 positions for 132
         ((64, 8, 8, 512), 512, Cut(64, 128, Box(2, 8, 8), 1, 4, 4)),
-        ((64, 64, 4, 128), 128, Cut(128, 128, Box(1, 64, 4), 1, 3, 4)),  # rows of four, which no tap below begins with
+        ((64, 64, 4, 128), 128, Cut(64, 128, Box(1, 32, 4), 1, 3, 4)),  # rows of four, which no tap below begins with
         ((4, 4, 4, 256), 256, None),  # 64 positions
         ((512, 32, 32, 3), 128, None),
         ((512, 32, 32, 128), 192, None),
@@ -108,6 +157,12 @@ def test_sums_are_of_the_result(kernels):
 def test_how_the_kernel_is_cut(shape, features, expected, monkeypatch):
     monkeypatch.setattr(forms, "CAPABILITY", 9.0)
     assert cut(shape, features) == expected
+
+
+def test_upsampling_has_four_times_the_tiles(monkeypatch):
+    monkeypatch.setattr(forms, "CAPABILITY", 9.0)
+    assert cut((512, 4, 4, 256), 256, side=2) == Cut(128, 128, Box(16, 4, 4), 1, 4, 4)
+    assert cut((512, 16, 16, 256), 256, side=2) == Cut(128, 128, Box(1, 16, 16), 2, 3, 4)
 
 
 @pytest.mark.parametrize(
@@ -131,38 +186,68 @@ def test_where_there_is_a_kernel(dtype, capability, expected, monkeypatch):
     [((512, 32, 32, 128), 128), ((64, 64, 64, 256), 128), ((512, 16, 16, 512), 256), ((64, 16, 16, 384), 384)]
     + [((512, 8, 8, 256), 256), ((512, 4, 4, 256), 256), ((512, 64, 4, 128), 128), ((8, 32, 8, 128), 128)],
 )
-@pytest.mark.parametrize("added", [Added(False, False, ()), Added(True, True, ()), Added(True, False, (256, 128))])
-def test_kernel_is_what_mosaic_takes(shape, features, added, monkeypatch):
+@pytest.mark.parametrize(
+    ("side", "added"),
+    [(3, Added(False, False, ())), (3, Added(True, True, ())), (3, Added(True, False, (256, 128)))]
+    + [(2, Added(False, False, ())), (1, Added(True, True, ()))],
+)
+def test_kernel_is_what_mosaic_takes(shape, features, side, added, monkeypatch):
     """Its module, for an H100: all is of the right shape, and fits shared memory."""
     monkeypatch.setattr(forms, "CAPABILITY", 9.0)
     card = AbstractDevice("NVIDIA H100 80GB HBM3", num_cores=132, platform="gpu")
     mesh = AbstractMesh((1,), ("data",), axis_types=(AxisType.Auto,), abstract_device=card)
     summed = shape[1] * shape[2] >= 256
     with jax.sharding.use_abstract_mesh(mesh):
-        run = convolution_kernels.build(shape, features, HALF, cut(shape, features), added, summed, 132)
+        chosen = cut(shape, features, side)
+        run = convolution_kernels.build(shape, features, side, HALF, chosen, added, summed, 132)
         of = functools.partial(jax.ShapeDtypeStruct, dtype=HALF)
         result = of((*shape[:3], features))
-        arrays = [of(shape), of((9 * shape[3], features))]
+        arrays = [of(shape), of(({1: 1, 2: 16, 3: 9}[side] * shape[3], features))]
         arrays += [jax.ShapeDtypeStruct((features,), jnp.float32)] * added.bias + [result] * added.residual
         arrays += [of((*shape[:3], w)) for w in added.widths] + [of((w, features)) for w in added.widths]
         y, *sums = jax.eval_shape(run, *arrays)
-    assert y.shape == result.shape and len(sums) == summed
+    shaped = (shape[0] * shape[1], 2, shape[2], 2, features) if side == 2 else result.shape
+    assert y.shape == shaped and len(sums) == summed
 
 
-def test_multiplications_are_counted(monkeypatch):
-    arguments = jax.tree.map(
-        lambda a: jax.ShapeDtypeStruct(a.shape, HALF), inputs(16, 16, 64, 128, (64, 128), False)[:-2]
-    )
-    parts = tuple(jax.ShapeDtypeStruct((16, 16, 16, w), HALF) for w in (64, 128))
-    matrices = tuple(jax.ShapeDtypeStruct((w, 128), HALF) for w in (64, 128))
-    plain = count_flops(reference, *arguments, parts, matrices)
-    monkeypatch.setattr(convolutions, "has_kernel", lambda x, features: True)
+def test_kernels_are_compiled_ahead_where_there_is_a_gpu(monkeypatch):
+    ahead = []
+    monkeypatch.setattr(mosaic.AHEAD, "submit", ahead.append)
+    inputs = [jax.ShapeDtypeStruct((2,), jnp.float32)]
+    mosaic.compile_ahead(jnp.sin, inputs)
+    assert not ahead
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    mosaic.compile_ahead(jnp.sin, inputs)
+    np.testing.assert_allclose(ahead[0]()(jnp.ones(2)), jnp.sin(jnp.ones(2)))
+
+
+def counted(monkeypatch, function, *arguments):
+    """Multiplications without and with the kernel."""
+    plain = count_flops(function, *arguments)
+    monkeypatch.setattr(convolutions, "has_kernel", lambda *_, **__: True)
     monkeypatch.setattr(forms, "CAPABILITY", 9.0)
     card = AbstractDevice("NVIDIA H100 80GB HBM3", num_cores=132, platform="gpu")
     mesh = AbstractMesh((1,), ("data",), axis_types=(AxisType.Auto,), abstract_device=card)
     with jax.sharding.use_abstract_mesh(mesh):
-        own = count_flops(lambda *a: convolve_add(*a)[0], *arguments, parts, matrices)
+        return plain, count_flops(function, *arguments)
+
+
+def test_multiplications_are_counted(monkeypatch):
+    arguments = jax.tree.map(lambda a: a.astype(HALF), inputs(16, 16, 64, 128, (64, 128), False))
+    plain, own = counted(monkeypatch, lambda *a: convolve_add(*a)[0], *arguments)
     assert own == plain
+
+
+def test_multiplications_of_what_else_the_kernel_computes_are_counted(monkeypatch):
+    x, kernel, bias, residual, _, (matrix,) = jax.tree.map(
+        lambda a: a.astype(HALF), inputs(16, 16, 64, 128, (64,), True)
+    )
+
+    def both(*a):
+        return upsample_convolve(*a[:2])[0], product_add(x, *a[2:])[0]
+
+    plain, own = counted(monkeypatch, both, x, kernel, matrix, bias, residual)
+    assert own == plain == 2 * 16 * 64 * 128 * (62**2 + 16**2)
 
 
 @pytest.mark.parametrize("remat", ["none", "blocks", "dots"])
@@ -208,12 +293,13 @@ def test_batch_that_is_split_over_devices(side, kernels):
 
     @jax.jit
     def run(x, kernel, bias, parts, matrices):
-        return convolve_add(x, kernel, bias, None, parts, matrices)
+        return convolve_add(x, kernel, bias, None, parts, matrices), upsample_convolve(x, kernel)
 
     alone = run(x, kernel, bias, parts, matrices)
     everywhere = (jax.device_put(a, where) for a, where in ((x, split), (kernel, whole), (bias, whole)))
     parted = run(*everywhere, jax.device_put(parts, split), jax.device_put(matrices, whole))
-    assert {s.data.shape for s in parted[0].addressable_shards} == {(2, side, side, 128)}  # nobody gathers the batch
-    assert (alone[1] is None) == (side == 4)
+    for (y, sums), scale in zip(parted, (1, 2), strict=True):  # nobody gathers the batch
+        assert {s.data.shape for s in y.addressable_shards} == {(2, scale * side, scale * side, 128)}
+        assert (sums is None) == (side == 4)
     for a, b in zip(jax.tree.leaves(parted), jax.tree.leaves(alone), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-3)

@@ -9,6 +9,7 @@ from jaxdiff.errors import ConfigError
 from jaxdiff.models import forms
 from jaxdiff.models.attention import Attention
 from jaxdiff.models.layers import (
+    FORMS,
     Conv1x1,
     Conv3x3,
     ResBlock,
@@ -16,7 +17,6 @@ from jaxdiff.models.layers import (
     convolve_few,
     project_convolve,
     upsample,
-    upsample_convolve,
 )
 from jaxdiff.models.norm import GroupNorm, Lacking, add_bias, settle
 from jaxdiff.training.flops import count_flops
@@ -31,7 +31,7 @@ def draw(seed, *shape):
 @pytest.mark.parametrize(
     ("fast", "plain"),
     [
-        (upsample_convolve, lambda x, kernel: convolve(upsample(x), kernel)),
+        FORMS["up"],
         (project_convolve, lambda x, kernel: convolve(x, kernel)),
     ],
 )
@@ -53,10 +53,10 @@ def test_upsampled_pixels_are_multiplied_once():
     def gradients(function):
         return lambda x, k: jax.vjp(function, x, k)[1](upsample(x))
 
-    plain = lambda x, kernel: convolve(upsample(x), kernel)  # noqa: E731
-    ratio = count_flops(upsample_convolve, x, kernel) / count_flops(plain, x, kernel)
+    fast, plain = FORMS["up"]
+    ratio = count_flops(fast, x, kernel) / count_flops(plain, x, kernel)
     np.testing.assert_allclose(ratio, 4 / 9, rtol=0.01)
-    ratio = count_flops(gradients(upsample_convolve), x, kernel) / count_flops(gradients(plain), x, kernel)
+    ratio = count_flops(gradients(fast), x, kernel) / count_flops(gradients(plain), x, kernel)
     np.testing.assert_allclose(ratio, 4 / 9, rtol=0.01)
 
 

@@ -37,7 +37,7 @@ def compute(function, settings, arguments, kept):
     """y, and the gradients of a loss of it and of the first `kept` of the parts, of which one is used again."""
 
     def loss(parts, offset, p, q, owed):
-        y, parts, again = function(settings, parts, offset, p, q, owed)
+        y, parts, again, _ = function(settings, parts, offset, p, q, owed)
         total = (y.astype(jnp.float32) * draw("dy", *y.shape)).sum()
         if kept:
             total += sum((x.astype(jnp.float32) * draw("kept", *x.shape)).sum() for x in parts[:kept])
@@ -66,6 +66,9 @@ def test_kernels_are_the_reference(positions, widths, groups, offset, silu, kept
     ours, theirs = (compute(f, settings, arguments, kept) for f in (normalise, reference))
     for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-6 * np.abs(b).max())
+    for part, sums in zip(arguments[0], normalise(settings, *arguments)[-1], strict=True):
+        expected = jnp.stack([part.sum(axis=1), jnp.square(part).sum(axis=1)], axis=1)
+        np.testing.assert_allclose(sums, expected[:, None], rtol=1e-4, atol=1e-3)
 
 
 def lower(positions, widths):
@@ -76,7 +79,7 @@ def lower(positions, widths):
     owed = (jax.ShapeDtypeStruct(widths[:1], jnp.float32), *[None] * (len(widths) - 1))
 
     def loss(*arguments):
-        y, parts, again = normalise(settings, *arguments)
+        y, parts, again, _ = normalise(settings, *arguments)
         return sum(x.astype(jnp.float32).sum() for x in (y, *parts, again[0]))
 
     card = AbstractDevice("NVIDIA H100 80GB HBM3", num_cores=132, platform="gpu")  # which JAX asks for since 0.11
@@ -151,6 +154,7 @@ def test_kernels_whose_sums_are_known(positions, widths, groups, offset, counts)
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * np.abs(b).max())
     wrong = tuple(2 * s for s in known)
     ours, *_ = compute(lambda norm, *a: normalise(norm, *a, wrong), settings, arguments, kept=1)
+    assert normalise(settings, *arguments, known)[-1] == ()
     assert np.abs(ours - reference(settings, *arguments)[0]).max() > 0.1  # nothing is summed again
 
 
@@ -251,7 +255,7 @@ def test_what_is_owed_is_the_gradient_of_a_bias_that_is_added(by, kernels, monke
         h = Owing(add_bias(x, jax.lax.stop_gradient(bias)), bias) if owing else add_bias(x, bias)
         if by == "settle":
             h = settle(h)
-        y, (h,), (again,) = module.apply(params, (h,))  # and everyone else uses what that returns
+        y, (h,), ((again, _),) = module.apply(params, (h,))  # and everyone else uses what that returns
         return (draw("w", *y.shape) * (y + h**2 + again**3)).sum()
 
     values, gradients = zip(*(jax.value_and_grad(loss)(bias, owing) for owing in (True, False)), strict=True)
