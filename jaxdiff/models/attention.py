@@ -9,10 +9,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxdiff.models import forms, norm
-from jaxdiff.models.convolutions import product_add
+from jaxdiff.models.convolutions import each_product, product_add
 from jaxdiff.models.layers import DEFAULT_KERNEL, ZEROS, Dtype
 from jaxdiff.models.norm import GroupNorm, Lacking, Map, Owing, settle
-from jaxdiff.models.products import HALF, each_product
+from jaxdiff.models.products import HALF
 
 TILE = 64  # positions that flash kernels take at a time
 LONGEST = 512  # positions, for kernels of our own

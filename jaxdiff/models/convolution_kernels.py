@@ -20,10 +20,9 @@ from jax.experimental.mosaic.gpu import fragmented_array, utils
 from jax.interpreters import mlir
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, gpu, memref, nvvm
-from jaxtyping import Array, Float
 
-from jaxdiff.models import convolutions, forms, mosaic, splitting
-from jaxdiff.models.convolutions import Added, Box, Cut, cut, has_sums, reference
+from jaxdiff.models import convolutions, mosaic
+from jaxdiff.models.convolutions import Added, Box, Cut
 from jaxdiff.models.mosaic import (
     add,
     as_index,
@@ -31,6 +30,7 @@ from jaxdiff.models.mosaic import (
     div,
     each_warp,
     each_warpgroup,
+    equal,
     greater,
     index,
     mul,
@@ -59,13 +59,14 @@ def build(
     added: Added,
     summed: bool,
     blocks: int,
+    parted: int = 1,
 ) -> Callable[..., Any]:
     """The kernel for maps of `shape`: of a map, a kernel [side^2 c, features], and of what is added.
 
     Those are, where there are such, a bias, a map, and other maps and their kernels. Its results are the map, and if
     `summed` sums. With 2 taps to a side there are four kernels, one after the other, for each second row and column of
     a map [batch * height, 2, width, 2, features], and nothing is added.
-    Args: blocks, that are at work at once: the GPU's multiprocessors.
+    Args: blocks, that are at work at once: the GPU's multiprocessors; parted: maps that the features are divided into.
     """
     (batch, height, width, channels), (biased, residual, widths) = shape, added
     box, taps, kinds = chosen.box, chosen.taps, 4 if side == 2 else 1
@@ -91,7 +92,7 @@ def build(
         bias: Any = rest.pop(0) if biased else None
         other: Any = rest.pop(0) if residual else None
         maps_beside, kernels_beside = ([rest.pop(0) for _ in widths] for _ in range(2))
-        out = rest.pop(0)
+        outs = [rest.pop(0) for _ in range(parted)]
         warpgroup, block = utils.warpgroup_idx(), gpu.block_id(gpu.Dimension.x)
         which = as_index(warpgroup)
         turns = div(sub(index(tiles + blocks - 1), block), index(blocks))
@@ -266,7 +267,18 @@ def build(
                         down, right = (mgpu.ds(i, 1) for i in (div(kind, index(2)), rem(kind, index(2))))
                         where = lines, down, where[2], right, where[3]
                     source = utils.memref_reshape(slot, tuple(piece.length for piece in where))
-                    ctx.async_copy(src_ref=source, dst_ref=out, gmem_slice=where, swizzle=128)
+                    for i, out in enumerate(outs):
+                        first_feature = index(i * features // parted)
+                        chosen_one = equal(div(feature, index(features // parted)), index(i))
+                        ctx.async_copy(
+                            src_ref=source,
+                            dst_ref=out,
+                            gmem_slice=(*where[:-1], mgpu.ds(sub(where[-1].base, first_feature), CHANNELS)),
+                            swizzle=128,
+                            arrive=False,
+                            predicate=arith.andi(each_warpgroup(), chosen_one),
+                        )
+                    nvvm.cp_async_bulk_commit_group()
             if summed:
                 write_sums(turn, feature)
 
@@ -295,7 +307,8 @@ def build(
             ctx.await_async_copy(0)
 
     of = functools.partial(jax.ShapeDtypeStruct, dtype=dtype)
-    result = of((batch * height, 2, width, 2, features) if side == 2 else (batch, height, width, features))
+    width_of_each = features // parted
+    result = of((batch * height, 2, width, 2, features) if side == 2 else (batch, height, width, width_of_each))
     inputs = [of(shape), of((kinds * side**2 * channels, features))]
     inputs += [jax.ShapeDtypeStruct((features,), jnp.float32)] * biased + [result] * residual
     inputs += [*(of((batch, height, width, size)) for size in widths), *(of((size, features)) for size in widths)]
@@ -315,55 +328,10 @@ def build(
             grid=(blocks, 1, 1),
             block=(3 * 128, 1, 1),
             in_shape=tuple(inputs),
-            out_shape=(result, sums) if summed else (result,),
+            out_shape=(*[result] * parted, *[sums] * summed),
             smem_scratch_shape=tuple(shared),
             module_name=NAME,
             kernel_name=NAME,
         )
     compile_ahead(kernel, inputs)
     return kernel
-
-
-# Jitted, so that convolutions of the same shapes are traced and lowered once for all of them.
-@functools.partial(jax.jit, static_argnums=0)
-def convolve(
-    summed: bool,
-    x: Float[Array, "batch h w c"],
-    kernel: Float[Array, "*taps c features"],
-    bias: Float[Array, " features"] | None,
-    residual: Float[Array, "batch h w features"] | None,
-    parts: tuple[Float[Array, "batch h w _"], ...],
-    kernels: tuple[Float[Array, "_ features"], ...],
-) -> Any:
-    """As `convolutions.convolve`, or `convolutions.spread`, added up in float32: a list of the map, and maybe its sums.
-
-    Where the batch is split over devices each has its own images.
-    """
-    (*_, side, _, features), (batch, height, width, _) = kernel.shape, x.shape
-    scale = 2 if side == 2 else 1
-    bias = None if bias is None else bias.astype(jnp.float32)
-    added = Added(bias is not None, residual is not None, tuple(part.shape[-1] for part in parts))
-    results = [jax.ShapeDtypeStruct((batch, scale * height, scale * width, features), x.dtype)]
-    if summed and has_sums(x.shape):
-        runs = scale**2 * height * width // 128
-        results.append(jax.ShapeDtypeStruct((batch, runs, 2, features), jnp.float32))
-    # What there is for each image, and for all of them.
-    each, one = (x, residual, parts), (kernel, bias, kernels)
-    trees = [jax.tree.structure(tree) for tree in (each, one)]
-    first, rest = jax.tree.leaves(each), jax.tree.leaves(one)
-
-    def call(*arrays: Array) -> list[Array]:
-        x, residual, parts = jax.tree.unflatten(trees[0], arrays[: len(first)])
-        kernel, bias, kernels = jax.tree.unflatten(trees[1], [a[0] for a in arrays[len(first) :]])
-        chosen = cut(x.shape, features, side)
-        if chosen is None:  # with so few images of a device
-            return [reference(x, kernel, bias, residual, parts, kernels)]
-        blocks = forms.multiprocessors()
-        run = build(x.shape, features, side, x.dtype, chosen, added, len(results) > 1, blocks)
-        inputs = jax.tree.leaves((x, kernel.reshape(-1, features), bias, residual, parts, kernels))
-        y, *sums = run(*inputs)
-        # Of 128 positions each, as on other devices, that may have other tiles.
-        sums = [a.reshape(len(x), -1, 128 // chosen.rows, 2, features).sum(axis=2) for a in sums]
-        return [y.reshape(len(x), *results[0].shape[1:]), *sums]
-
-    return splitting.over_batch(call, (SOURCE, added), [*first, *(a[None] for a in rest)], results)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
-from jaxdiff.models import forms, norm
+from jaxdiff.models import forms, norm, products, splitting
 from jaxdiff.models.norm import Sums
 from jaxdiff.models.products import HALF, add_products, product_gradients
 
@@ -64,10 +64,10 @@ class Added(NamedTuple):
     widths: tuple[int, ...]
 
 
-def cut(shape: Sequence[int], features: int, side: int = 3) -> Cut | None:
+def cut(shape: Sequence[int], features: int, side: int = 3, summed: bool = True) -> Cut | None:
     """That for maps of this shape and kernels of `side` taps, rows and columns; None where the kernel does not fit.
 
-    Of 128 positions for a warpgroup, or of 64 where fewer multiprocessors are without work then.
+    `summed`: with sums, where it has such. Of 128 positions for a warpgroup, or of 64 where fewer multiprocessors are without work then.
     """
     batch, height, width, channels = shape
     if channels % 64 or features % 128 or Box.of(64, height, width) is None:
@@ -83,7 +83,8 @@ def cut(shape: Sequence[int], features: int, side: int = 3) -> Cut | None:
             best = rounds / math.ceil(rounds) * worth
             # Shared memory is read in eights of positions, of which a row has to have some to be a tap below another.
             taps = side if box.images == 1 and box.width % 8 == 0 else 1
-            found = Cut(rows, 128, box, taps, 3 if box.images == 1 else 4, 4)
+            large = taps > 1 or (summed and has_sums(shape))  # what is in shared memory besides, or a piece of the map
+            found = Cut(rows, 128, box, taps, 3 if large else 4, 4)
     return found
 
 
@@ -144,11 +145,35 @@ def spread(
 
     Of the result each second row begins with one of two pairs of taps, and each second column so: four kernels.
     """
-    from jaxdiff.models import convolution_kernels  # Mosaic takes a second to import
-
     taps = kernel[::-1, ::-1].reshape(2, 2, 2, 2, *kernel.shape[2:])  # tap, which rows, tap, which columns
-    y, *sums = convolution_kernels.convolve(True, x, taps.transpose(1, 3, 0, 2, 5, 4), None, None, (), ())
+    y, *sums = call_kernel(True, 1, x, taps.transpose(1, 3, 0, 2, 5, 4), None, None, (), ())
     return y, sums[0] if sums else None
+
+
+def each_product(
+    x: Float[Array, "batch n c"],
+    kernels: Sequence[Float[Array, "c features"]],
+    biases: Sequence[Float[Array, " features"] | None],
+) -> tuple[Float[Array, "batch n features"], ...]:
+    """`products.each_product`, by one kernel for all of them, which reads x but once, where there is one."""
+    batch, n, c = x.shape
+    shape = batch, n // 32, 32, c
+    if n % 32 or not has_kernel(jax.ShapeDtypeStruct(shape, x.dtype), kernels[0].shape[-1], side=1):
+        return products.each_product(x, kernels, biases)
+    maps = _each_product(x.reshape(shape), tuple(kernels), tuple(biases))
+    return tuple(checkpoint_name(y.reshape(batch, n, -1), NAME) for y in maps)
+
+
+@jax.custom_vjp
+def _each_product(x: Array, kernels: tuple[Array, ...], biases: tuple[Array | None, ...]) -> tuple[Array, ...]:
+    kernel, bias = jnp.concatenate(kernels, axis=-1), None
+    if any(b is not None for b in biases):
+        zeros = jnp.zeros(kernels[0].shape[-1])
+        bias = jnp.concatenate([zeros if b is None else b.astype(jnp.float32) for b in biases])
+    return tuple(call_kernel(False, len(kernels), x, kernel[None, None], bias, None, (), ()))
+
+
+_each_product.defvjp(lambda *inputs: (_each_product(*inputs), inputs), products.each_product_gradients)
 
 
 def reference(
@@ -181,6 +206,57 @@ def reference(
     return functools.reduce(jnp.add, [part @ kernel for part, kernel in zip(parts, kernels, strict=True)], y)
 
 
+# Jitted, so that convolutions of the same shapes are traced and lowered once for all of them.
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def call_kernel(
+    summed: bool,
+    parted: int,
+    x: Float[Array, "batch h w c"],
+    kernel: Float[Array, "*taps c features"],
+    bias: Float[Array, " features"] | None,
+    residual: Float[Array, "batch h w features"] | None,
+    parts: tuple[Float[Array, "batch h w _"], ...],
+    kernels: tuple[Float[Array, "_ features"], ...],
+) -> Any:
+    """`reference` by the kernel, added up in float32: a list of the map, and if `summed` maybe its sums.
+
+    Of as many maps as `parted` says, that its features are divided into. Where the batch is split over devices each has
+    its own images.
+    """
+    from jaxdiff.models import convolution_kernels  # Mosaic takes a second to import
+
+    (*_, side, _, features), (batch, height, width, _) = kernel.shape, x.shape
+    scale = 2 if side == 2 else 1
+    bias = None if bias is None else bias.astype(jnp.float32)
+    added = Added(bias is not None, residual is not None, tuple(part.shape[-1] for part in parts))
+    results = [jax.ShapeDtypeStruct((batch, scale * height, scale * width, features // parted), x.dtype)] * parted
+    if summed and has_sums(x.shape):
+        runs = scale**2 * height * width // 128
+        results.append(jax.ShapeDtypeStruct((batch, runs, 2, features), jnp.float32))
+    # What there is for each image, and for all of them.
+    each, one = (x, residual, parts), (kernel, bias, kernels)
+    trees = [jax.tree.structure(tree) for tree in (each, one)]
+    first, rest = jax.tree.leaves(each), jax.tree.leaves(one)
+
+    def call(*arrays: Array) -> list[Array]:
+        x, residual, parts = jax.tree.unflatten(trees[0], arrays[: len(first)])
+        kernel, bias, kernels = jax.tree.unflatten(trees[1], [a[0] for a in arrays[len(first) :]])
+        chosen = cut(x.shape, features, side, summed)
+        if chosen is None:  # with so few images of a device
+            return jnp.split(reference(x, kernel, bias, residual, parts, kernels), parted, axis=-1)
+        blocks = forms.multiprocessors()
+        run = convolution_kernels.build(
+            x.shape, features, side, x.dtype, chosen, added, len(results) > parted, blocks, parted
+        )
+        inputs = jax.tree.leaves((x, kernel.reshape(-1, features), bias, residual, parts, kernels))
+        found = run(*inputs)
+        # Of 128 positions each, as on other devices, that may have other tiles.
+        sums = [a.reshape(len(x), -1, 128 // chosen.rows, 2, features).sum(axis=2) for a in found[parted:]]
+        return [*(y.reshape(len(x), *results[0].shape[1:]) for y in found[:parted]), *sums]
+
+    return splitting.over_batch(call, (convolution_kernels.SOURCE, added), [*first, *(a[None] for a in rest)], results)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def convolve(
     summed: bool,
@@ -195,9 +271,7 @@ def convolve(
 
     Those are constants to whoever differentiates.
     """
-    from jaxdiff.models import convolution_kernels  # Mosaic takes a second to import
-
-    return tuple(convolution_kernels.convolve(summed, x, kernel, bias, residual, parts, kernels))
+    return tuple(call_kernel(summed, 1, x, kernel, bias, residual, parts, kernels))
 
 
 def _forward(summed: bool, *inputs: Any) -> Any:

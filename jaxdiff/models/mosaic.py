@@ -29,6 +29,11 @@ def as_index(number: ir.Value) -> ir.Value:
     return arith.index_cast(ir.IndexType.get(), number)
 
 
+def equal(a: ir.Value, b: ir.Value) -> ir.Value:
+    """a == b."""
+    return arith.cmpi(arith.CmpIPredicate.eq, a, b)
+
+
 def greater(a: ir.Value, b: ir.Value) -> ir.Value:
     """a > b."""
     return arith.cmpi(arith.CmpIPredicate.ugt, a, b)

@@ -126,7 +126,7 @@ def _backward(interpret: bool, saved: Any, dy: Array) -> Any:
 
 
 def _bias_gradient(dy: Array, bias: Array | None) -> Array | None:
-    return None if bias is None else dy.sum(axis=(0, 1), dtype=bias.dtype)
+    return None if bias is None else dy.sum(axis=tuple(range(dy.ndim - 1)), dtype=bias.dtype)
 
 
 multiply.defvjp(_forward, _backward)
@@ -160,7 +160,8 @@ def _each_forward(x: Array, kernels: tuple[Array, ...], biases: tuple[Array | No
     return _each(x, kernels, biases), (x, kernels, biases)
 
 
-def _each_backward(saved: Any, dy: tuple[Array, ...]) -> Any:
+def each_product_gradients(saved: Any, dy: tuple[Array, ...]) -> Any:
+    """Those of x [batch, *rest, c], kernels and biases, which are `saved`."""
     x, kernels, biases = saved
     dkernels = tuple(jax.linear_transpose(lambda k: x @ k, kernel)(d)[0] for kernel, d in zip(kernels, dy, strict=True))
     dbiases = tuple(_bias_gradient(d, bias) for d, bias in zip(dy, biases, strict=True))
@@ -168,4 +169,4 @@ def _each_backward(saved: Any, dy: tuple[Array, ...]) -> Any:
 
 
 _each_product = jax.custom_vjp(_each)
-_each_product.defvjp(_each_forward, _each_backward)
+_each_product.defvjp(_each_forward, each_product_gradients)

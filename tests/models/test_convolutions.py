@@ -9,9 +9,19 @@ import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 from jaxdiff import mesh as meshes
-from jaxdiff.models import convolution_kernels, convolutions, forms, mosaic, norm
+from jaxdiff.models import convolution_kernels, convolutions, forms, mosaic, norm, products
 from jaxdiff.models.attention import Attention
-from jaxdiff.models.convolutions import Added, Box, Cut, convolve_add, cut, has_kernel, product_add, reference
+from jaxdiff.models.convolutions import (
+    Added,
+    Box,
+    Cut,
+    convolve_add,
+    cut,
+    each_product,
+    has_kernel,
+    product_add,
+    reference,
+)
 from jaxdiff.models.layers import ResBlock, Upsample, upsample, upsample_convolve
 from jaxdiff.models.norm import settle, sums_of
 from jaxdiff.models.unet import REMAT
@@ -25,7 +35,7 @@ def draw(name, *shape, dtype="float32"):
     return jax.random.normal(jax.random.fold_in(KEY, sum(map(ord, name))), shape).astype(dtype)
 
 
-def stand_in(shape, features, side, dtype, chosen, added, summed, blocks):
+def stand_in(shape, features, side, dtype, chosen, added, summed, blocks, parted=1):
     """What `convolution_kernels.build` returns, computed by XLA: sums over as many positions as a warpgroup has."""
 
     def run(x, kernel, *rest):
@@ -37,7 +47,7 @@ def stand_in(shape, features, side, dtype, chosen, added, summed, blocks):
         y = reference(x, kernel.reshape(*taps, -1, features), bias, residual, parts, kernels)
         runs = y.astype(jnp.float32).reshape(-1, chosen.rows, features)
         sums = jnp.stack([runs.sum(axis=1), jnp.square(runs).sum(axis=1)], axis=1)
-        return (y, sums) if summed else (y,)
+        return *jnp.split(y, parted, axis=-1), *[sums] * summed
 
     return run
 
@@ -50,9 +60,9 @@ def kernels(monkeypatch):
     monkeypatch.setattr(convolutions, "has_kernel", lambda x, *rest, **named: cut(x.shape, *rest, **named) is not None)
     monkeypatch.setattr(convolution_kernels, "build", stand_in)
     monkeypatch.setattr(forms, "CAPABILITY", 9.0)
-    convolution_kernels.convolve.clear_cache()
+    convolutions.call_kernel.clear_cache()
     yield
-    convolution_kernels.convolve.clear_cache()
+    convolutions.call_kernel.clear_cache()
 
 
 def inputs(batch, side, width, features, widths, residual, dtype="float32"):
@@ -123,6 +133,27 @@ def test_product_with_what_is_added(side, kernels):
         np.testing.assert_allclose(sums[:, :, 0].sum(axis=1), y.sum(axis=(1, 2)), rtol=1e-4, atol=1e-2)
 
 
+def queries(side):
+    """x [4, n, 64], three kernels for it, and two biases; the keys have none."""
+    x, kernels = draw("x", 4, side * side, 64), tuple(draw(f"kernel{i}", 64, 128) / 8 for i in range(3))
+    return x, kernels, (draw("bias0", 128), None, draw("bias2", 128))
+
+
+@pytest.mark.parametrize("side", [8, 16])
+def test_products_of_one_map(side, kernels):
+    arguments = queries(side)
+    ours = with_gradients(lambda *a: jnp.concatenate(each_product(*a), axis=-1), arguments)
+    expected = with_gradients(lambda *a: jnp.concatenate(products.each_product(*a), axis=-1), arguments)
+    for a, b in zip(ours, expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5 * np.abs(b).max())
+    one = count_kernels(each_product, *arguments)
+    assert one == 1 and count_kernels(each_product, arguments[0][:, :-8], *arguments[1:]) == 0  # of 56 or 248 positions
+
+
+def count_kernels(function, *arguments):
+    return str(jax.make_jaxpr(function)(*arguments)).count("name=call_kernel")
+
+
 def test_attention_and_upsampling_leave_sums(kernels):
     """And both are what they are without kernels."""
     x = draw("x", 4, 16, 16, 128)
@@ -187,27 +218,27 @@ def test_where_there_is_a_kernel(dtype, capability, expected, monkeypatch):
     + [((512, 8, 8, 256), 256), ((512, 4, 4, 256), 256), ((512, 64, 4, 128), 128), ((8, 32, 8, 128), 128)],
 )
 @pytest.mark.parametrize(
-    ("side", "added"),
-    [(3, Added(False, False, ())), (3, Added(True, True, ())), (3, Added(True, False, (256, 128)))]
-    + [(2, Added(False, False, ())), (1, Added(True, True, ()))],
+    ("side", "added", "parted"),
+    [(3, Added(False, False, ()), 1), (3, Added(True, True, ()), 1), (3, Added(True, False, (256, 128)), 1)]
+    + [(2, Added(False, False, ()), 1), (1, Added(True, True, ()), 1), (1, Added(True, False, ()), 3)],
 )
-def test_kernel_is_what_mosaic_takes(shape, features, side, added, monkeypatch):
+def test_kernel_is_what_mosaic_takes(shape, features, side, added, parted, monkeypatch):
     """Its module, for an H100: all is of the right shape, and fits shared memory."""
     monkeypatch.setattr(forms, "CAPABILITY", 9.0)
     card = AbstractDevice("NVIDIA H100 80GB HBM3", num_cores=132, platform="gpu")
     mesh = AbstractMesh((1,), ("data",), axis_types=(AxisType.Auto,), abstract_device=card)
-    summed = shape[1] * shape[2] >= 256
+    summed, features = parted == 1 and shape[1] * shape[2] >= 256, parted * features
     with jax.sharding.use_abstract_mesh(mesh):
-        chosen = cut(shape, features, side)
-        run = convolution_kernels.build(shape, features, side, HALF, chosen, added, summed, 132)
+        chosen = cut(shape, features, side, summed)
+        run = convolution_kernels.build(shape, features, side, HALF, chosen, added, summed, 132, parted)
         of = functools.partial(jax.ShapeDtypeStruct, dtype=HALF)
         result = of((*shape[:3], features))
         arrays = [of(shape), of(({1: 1, 2: 16, 3: 9}[side] * shape[3], features))]
         arrays += [jax.ShapeDtypeStruct((features,), jnp.float32)] * added.bias + [result] * added.residual
         arrays += [of((*shape[:3], w)) for w in added.widths] + [of((w, features)) for w in added.widths]
-        y, *sums = jax.eval_shape(run, *arrays)
-    shaped = (shape[0] * shape[1], 2, shape[2], 2, features) if side == 2 else result.shape
-    assert y.shape == shaped and len(sums) == summed
+        found = jax.eval_shape(run, *arrays)
+    shaped = (shape[0] * shape[1], 2, shape[2], 2, features) if side == 2 else (*shape[:3], features // parted)
+    assert [y.shape for y in found[:parted]] == [shaped] * parted and len(found) == parted + summed
 
 
 def test_kernels_are_compiled_ahead_where_there_is_a_gpu(monkeypatch):
