@@ -67,7 +67,8 @@ class Added(NamedTuple):
 def cut(shape: Sequence[int], features: int, side: int = 3, summed: bool = True) -> Cut | None:
     """That for maps of this shape and kernels of `side` taps, rows and columns; None where the kernel does not fit.
 
-    `summed`: with sums, where it has such. Of 128 positions for a warpgroup, or of 64 where fewer multiprocessors are without work then.
+    `summed`: with sums, where it has such. Of 128 positions for a warpgroup, or of 64 where fewer multiprocessors are
+    without work then.
     """
     batch, height, width, channels = shape
     if channels % 64 or features % 128 or Box.of(64, height, width) is None:
