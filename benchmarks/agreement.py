@@ -48,8 +48,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             subprocess.run(command, check=True, env=os.environ | variables, stdout=subprocess.DEVNULL)
             losses[name] = read_losses(workdir / "metrics.jsonl")
             print(f"{name}: {len(losses[name])} losses, the last {losses[name][-1]:.5f}", flush=True)
-    if args.out:
-        write_json(args.out, {"losses": losses, "every": args.every})
+            if args.out:
+                write_json(args.out, {"losses": losses, "every": args.every})
     print(f"\nDifference of the losses of {args.every} steps each, {args.config}\n")
     print(report(losses, args.every))
 
