@@ -17,7 +17,7 @@ from jaxdiff.build import build_autoencoder, build_network, build_plan, build_pr
 from jaxdiff.config.fields import guidance_weights
 from jaxdiff.data.latents import Whitening
 from jaxdiff.keys import named_key
-from jaxdiff.models import Network, decode_in_parts, decode_tiled
+from jaxdiff.models import Network, decode_in_parts, decode_tiled, forms
 from jaxdiff.packing import Packing, pack, unpack
 
 
@@ -101,7 +101,7 @@ class Generator:
     def abstract_params(self) -> Any:
         """Shapes and shardings of the network's parameters."""
         x, one = jnp.zeros((1, *self.shape)), jnp.zeros((1,), jnp.int32)
-        tree = jax.eval_shape(self.network.init, jax.random.key(0), x, one, one)
+        tree = forms.abstract_init(self.network, x, one, one)
         sharding = meshes.replicated(self.mesh)
         return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), tree)
 

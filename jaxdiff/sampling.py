@@ -17,6 +17,7 @@ from jaxdiff.config.require import require
 from jaxdiff.data.latents import Whitening, params_hash
 from jaxdiff.errors import ConfigError
 from jaxdiff.generator import Decoder, Generator, Weak
+from jaxdiff.models import forms
 from jaxdiff.samples import label_names, sample_labels, save_samples
 from jaxdiff.training.checkpoint import Checkpoints
 from jaxdiff.training.snapshots import restore_weights
@@ -46,7 +47,7 @@ def load_autoencoder(config: ConfigDict, folder: pathlib.Path, mesh: Mesh, step:
     size = config.data.image_size
     image, f = jnp.zeros((1, size, size, 3)), model.downsampling
     noise = jnp.zeros((1, size // f, size // f, model.latent_channels))
-    tree = jax.eval_shape(model.init, jax.random.key(0), image, noise)
+    tree = forms.abstract_init(model, image, noise)
     sharding = meshes.replicated(mesh)
     abstract = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), tree)
     checkpoints = Checkpoints(folder)

@@ -6,13 +6,12 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 from safetensors.numpy import save_file
 
 from jaxdiff.errors import ConfigError
 from jaxdiff.interop.tensors import Names, Tensors, export_params, import_params, read_safetensors
-from jaxdiff.models import AutoencoderKL
+from jaxdiff.models import AutoencoderKL, forms
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 # What our networks are; of other fields of a config any value will do.
@@ -163,7 +162,7 @@ def abstract_autoencoder(model: AutoencoderKL) -> Any:
     """Shapes of an autoencoder's parameters."""
     size = model.downsampling
     image, noise = np.zeros((1, size, size, 3), np.float32), np.zeros((1, 1, 1, model.latent_channels), np.float32)
-    return jax.eval_shape(model.init, jax.random.key(0), image, noise)
+    return forms.abstract_init(model, image, noise)
 
 
 def autoencoder_config(model: AutoencoderKL, sample_size: int) -> dict[str, Any]:

@@ -4,7 +4,6 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 import numpy as np
 
 from jaxdiff.interop import adm, unet2d
@@ -12,7 +11,7 @@ from jaxdiff.interop.diffusers import read_config
 from jaxdiff.interop.pipeline import schedule_fields
 from jaxdiff.interop.tensors import import_params
 from jaxdiff.interop.unet2d import Foreign
-from jaxdiff.models import Network
+from jaxdiff.models import Network, forms
 
 
 def read_unet(folder: pathlib.Path, shape: Sequence[int], num_classes: int) -> Foreign:
@@ -39,5 +38,5 @@ def import_unet(foreign: Foreign, model: Network, shape: Sequence[int], where: s
     Raises: ConfigError as in `import_params`.
     """
     x, one = np.zeros((1, *shape), np.float32), np.zeros(1, np.int32)
-    abstract = jax.eval_shape(model.init, jax.random.key(0), x, one, one)
+    abstract = forms.abstract_init(model, x, one, one)
     return import_params(foreign.tensors, abstract, foreign.names, where)

@@ -114,11 +114,13 @@ def keep(x: Map) -> Settled:
 
 
 @functools.cache
-def has_kernel() -> bool:
-    """Whether norms run as kernels of our own: on NVIDIA GPUs since Ampere, unless `forms.plain`."""
-    if forms.plain() or forms.capability() < 8:
-        return False
+def _has_triton() -> bool:
     return importlib.util.find_spec("jax.experimental.pallas.triton") is not None
+
+
+def has_kernel() -> bool:
+    """Whether norms run as kernels of our own: on NVIDIA GPUs since Ampere, if `forms.with_kernels`."""
+    return forms.with_kernels() and forms.capability() >= 8 and _has_triton()
 
 
 class GroupNorm(nn.Module):

@@ -9,6 +9,8 @@ from jax.extend.core import ClosedJaxpr, JaxprEqn, Literal, jaxpr_as_fun
 from jax.interpreters.partial_eval import dce_jaxpr
 from jaxtyping import PRNGKeyArray
 
+from jaxdiff.models import forms
+
 
 def draw_at_once(init: Callable[[PRNGKeyArray], Any]) -> Callable[[PRNGKeyArray], Any]:
     """`init` with the random bits of all its draws taken from one, in their order, whatever their own keys are.
@@ -18,7 +20,8 @@ def draw_at_once(init: Callable[[PRNGKeyArray], Any]) -> Callable[[PRNGKeyArray]
     """
 
     def drawn(key: PRNGKeyArray) -> Any:
-        closed, out = jax.make_jaxpr(init, return_shape=True)(key)
+        with forms.without_kernels():
+            closed, out = jax.make_jaxpr(init, return_shape=True)(key)
         jaxpr, _ = dce_jaxpr(closed.jaxpr, [True] * len(closed.jaxpr.outvars), instantiate=True)
         bits, used = jax.random.bits(key, (_count(jaxpr),)), 0
 
