@@ -2,6 +2,7 @@
 tile."""
 
 import functools
+import threading
 from collections.abc import Callable, Sequence
 from concurrent import futures
 from typing import Any
@@ -13,7 +14,7 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, memref, vector
 
 add, sub, mul, div, rem = arith.addi, arith.subi, arith.muli, arith.divui, arith.remui
-AHEAD = futures.ThreadPoolExecutor(1)
+AHEAD, STARTED = futures.ThreadPoolExecutor(1), threading.Event()
 # Of the threads of each, one.
 each_warpgroup = functools.partial(utils.single_thread_predicate, utils.ThreadSubset.WARPGROUP)
 each_warp = functools.partial(utils.single_thread_predicate, utils.ThreadSubset.WARP)
@@ -42,11 +43,15 @@ def greater(a: ir.Value, b: ir.Value) -> ir.Value:
 def compile_ahead(kernel: Callable[..., Any], inputs: Sequence[jax.ShapeDtypeStruct]) -> None:
     """Has a kernel compiled on the side, for XLA to find it when it comes to the program that the kernel is in.
 
-    It compiles all those of a program one after the other, each for half a second to one.
+    It compiles all those of a program one after the other, each for half a second to one. The first one is waited for,
+    so that what compilers set up at their first use is set up by one thread.
     """
     if jax.default_backend() == "gpu":
         # Lowered here, for two threads may not do that with the same kernel at once.
-        AHEAD.submit(jax.jit(kernel).lower(*inputs).compile)
+        job = AHEAD.submit(jax.jit(kernel).lower(*inputs).compile)
+        if not STARTED.is_set():
+            job.result()
+            STARTED.set()
 
 
 def wait(barriers: Any, slots: int, count: ir.Value) -> ir.Value:

@@ -1,6 +1,8 @@
 """3x3 convolutions with what is added to them: what surrounds the kernel, which nothing but a GPU runs."""
 
 import functools
+import threading
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -241,13 +243,23 @@ def test_kernel_is_what_mosaic_takes(shape, features, side, added, parted, monke
 
 def test_kernels_are_compiled_ahead_where_there_is_a_gpu(monkeypatch):
     ahead = []
-    monkeypatch.setattr(mosaic.AHEAD, "submit", ahead.append)
+
+    def submit(compile_it):
+        ahead.append(compile_it())
+        return SimpleNamespace(result=lambda: ahead.append("waited"))
+
+    monkeypatch.setattr(mosaic, "AHEAD", SimpleNamespace(submit=submit))
+    monkeypatch.setattr(mosaic, "STARTED", threading.Event())
     inputs = [jax.ShapeDtypeStruct((2,), jnp.float32)]
     mosaic.compile_ahead(jnp.sin, inputs)
     assert not ahead
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     mosaic.compile_ahead(jnp.sin, inputs)
-    np.testing.assert_allclose(ahead[0]()(jnp.ones(2)), jnp.sin(jnp.ones(2)))
+    mosaic.compile_ahead(jnp.cos, inputs)
+    sine, waited, cosine = ahead
+    assert waited == "waited"
+    for compiled, function in ((sine, jnp.sin), (cosine, jnp.cos)):
+        np.testing.assert_allclose(compiled(jnp.ones(2)), function(jnp.ones(2)))
 
 
 def test_initialisation_builds_no_kernels(monkeypatch):
