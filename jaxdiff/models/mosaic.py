@@ -44,9 +44,10 @@ def compile_ahead(kernel: Callable[..., Any], inputs: Sequence[jax.ShapeDtypeStr
     """Has a kernel compiled on the side, for XLA to find it when it comes to the program that the kernel is in.
 
     It compiles all those of a program one after the other, each for half a second to one. The first one is waited for,
-    so that what compilers set up at their first use is set up by one thread.
+    so that what compilers set up at their first use is set up by one thread. Not where there are several devices: what
+    each has of a batch is not known when the whole program is traced.
     """
-    if jax.default_backend() == "gpu":
+    if jax.default_backend() == "gpu" and jax.device_count() == 1:
         # Lowered here, for two threads may not do that with the same kernel at once.
         job = AHEAD.submit(jax.jit(kernel).lower(*inputs).compile)
         if not STARTED.is_set():

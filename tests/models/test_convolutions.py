@@ -26,7 +26,7 @@ from jaxdiff.models.convolutions import (
 )
 from jaxdiff.models.layers import ResBlock, Upsample, upsample, upsample_convolve
 from jaxdiff.models.norm import settle, sums_of
-from jaxdiff.models.unet import REMAT
+from jaxdiff.models.unet import REMAT, UNet
 from jaxdiff.training.draws import draw_at_once
 from jaxdiff.training.flops import count_flops
 
@@ -241,7 +241,7 @@ def test_kernel_is_what_mosaic_takes(shape, features, side, added, parted, monke
     assert [y.shape for y in found[:parted]] == [shaped] * parted and len(found) == parted + summed
 
 
-def test_kernels_are_compiled_ahead_where_there_is_a_gpu(monkeypatch):
+def test_kernels_are_compiled_ahead_on_one_gpu(monkeypatch):
     ahead = []
 
     def submit(compile_it):
@@ -254,6 +254,9 @@ def test_kernels_are_compiled_ahead_where_there_is_a_gpu(monkeypatch):
     mosaic.compile_ahead(jnp.sin, inputs)
     assert not ahead
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    mosaic.compile_ahead(jnp.sin, inputs)
+    assert not ahead  # there are several devices
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
     mosaic.compile_ahead(jnp.sin, inputs)
     mosaic.compile_ahead(jnp.cos, inputs)
     sine, waited, cosine = ahead
@@ -341,6 +344,34 @@ def test_residual_block_with_all_kernels_is_the_same(features, remat, kernels, m
     for a, b in zip(gradient(params), expected, strict=True):
         np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-4 * np.abs(b).max())
     assert all(taken)
+
+
+@pytest.mark.parametrize("resblock_updown", [False, True])
+def test_unet_with_all_kernels_is_the_same(resblock_updown, kernels, monkeypatch):
+    """And almost all norms of maps of 256 positions know the sums."""
+    shape = {"channels": 128, "channel_mult": (1, 1), "num_res_blocks": 1, "resblock_updown": resblock_updown}
+    network = UNet(3, **shape, scale_shift_norm=False, attention_resolutions=(16,), mid_attention=False)
+    x, t = draw("x", 2, 16, 16, 3), jnp.array([3.0, 500.0])
+    with monkeypatch.context() as plain:
+        plain.setattr(norm, "has_kernel", lambda: False)
+        plain.setattr(convolutions, "has_kernel", lambda *_, **__: False)
+        params = jax.jit(network.init)(KEY, x, t)
+        params = jax.tree.map(lambda a: a + 0.02 * draw("noise", *a.shape), params)
+        expected = jax.jit(network.apply)(params, x, t)
+    found, normalise = [], norm.normalise
+
+    def spy(settings, parts, offset, p, q, owed=(), sums=()):
+        found.append((parts[0].shape[1], len(parts), bool(sums)))
+        return normalise(settings, parts, offset, p, q, owed, sums)
+
+    monkeypatch.setattr(norm, "normalise", spy)
+    np.testing.assert_allclose(jax.jit(network.apply)(params, x, t), expected, rtol=1e-3, atol=1e-3)
+    middle = max(i for i, (positions, _, _) in enumerate(found) if positions == 64)
+    down, up = (
+        [known for positions, _, known in half if positions == 256] for half in (found[:middle], found[middle:])
+    )
+    assert down[0] is False and all(down[1:])  # what comes from the first convolution
+    assert up[0] is False and all(up[1:]) and len(up) >= 7  # from 8x8, of which a tile has several images
 
 
 @pytest.mark.parametrize("side", [16, 4])
