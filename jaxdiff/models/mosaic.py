@@ -1,10 +1,11 @@
 """Arithmetic that kernels in Mosaic GPU are written with, rings of shared memory, and sums over a warp's share of a
 tile."""
 
+import collections
+import contextlib
 import functools
 import threading
 from collections.abc import Callable, Sequence
-from concurrent import futures
 from typing import Any
 
 import jax
@@ -14,7 +15,8 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, memref, vector
 
 add, sub, mul, div, rem = arith.addi, arith.subi, arith.muli, arith.divui, arith.remui
-AHEAD, STARTED = futures.ThreadPoolExecutor(1), threading.Event()
+JOBS: collections.deque[Callable[[], Any]] = collections.deque()  # kernels to compile; the first one is under way
+LOCK, STARTED = threading.Lock(), threading.Event()
 # Of the threads of each, one.
 each_warpgroup = functools.partial(utils.single_thread_predicate, utils.ThreadSubset.WARPGROUP)
 each_warp = functools.partial(utils.single_thread_predicate, utils.ThreadSubset.WARP)
@@ -43,16 +45,33 @@ def greater(a: ir.Value, b: ir.Value) -> ir.Value:
 def compile_ahead(kernel: Callable[..., Any], inputs: Sequence[jax.ShapeDtypeStruct]) -> None:
     """Has a kernel compiled on the side, for XLA to find it when it comes to the program that the kernel is in.
 
-    It compiles all those of a program one after the other, each for half a second to one. The first one is waited for,
-    so that what compilers set up at their first use is set up by one thread. Not where there are several devices: what
-    each has of a batch is not known when the whole program is traced.
+    It compiles all those of a program one after the other, each for half a second to one. The first one is compiled
+    here, so that what compilers set up at their first use is set up by one thread. Not where there are several devices:
+    what each has of a batch is not known when the whole program is traced.
     """
-    if jax.default_backend() == "gpu" and jax.device_count() == 1:
-        # Lowered here, for two threads may not do that with the same kernel at once.
-        job = AHEAD.submit(jax.jit(kernel).lower(*inputs).compile)
-        if not STARTED.is_set():
-            job.result()
-            STARTED.set()
+    if jax.default_backend() != "gpu" or jax.device_count() > 1:
+        return
+    job = jax.jit(kernel).lower(*inputs).compile  # lowered here: two threads may not do that with one kernel at once
+    if not STARTED.is_set():
+        job()
+        STARTED.set()
+        return
+    with LOCK:
+        JOBS.append(job)
+        if len(JOBS) == 1:
+            threading.Thread(target=_compile_jobs, name="kernels").start()
+
+
+def _compile_jobs() -> None:
+    """One after the other, until none is left; the process does not stay for them."""
+    while True:
+        if threading.main_thread().is_alive():
+            with contextlib.suppress(Exception):  # which XLA will come upon itself
+                JOBS[0]()
+        with LOCK:
+            JOBS.popleft()
+            if not JOBS:
+                return
 
 
 def wait(barriers: Any, slots: int, count: ir.Value) -> ir.Value:

@@ -1,8 +1,11 @@
 """3x3 convolutions with what is added to them: what surrounds the kernel, which nothing but a GPU runs."""
 
 import functools
+import os
+import subprocess
+import sys
 import threading
-from types import SimpleNamespace
+import time
 
 import jax
 import jax.numpy as jnp
@@ -242,27 +245,45 @@ def test_kernel_is_what_mosaic_takes(shape, features, side, added, parted, monke
 
 
 def test_kernels_are_compiled_ahead_on_one_gpu(monkeypatch):
-    ahead = []
+    """The first one at once, then by a thread, whatever goes wrong there."""
+    compiled = []
 
-    def submit(compile_it):
-        ahead.append(compile_it())
-        return SimpleNamespace(result=lambda: ahead.append("waited"))
+    def compile_it(lowered):
+        compiled.append(threading.current_thread() is threading.main_thread())
+        if len(compiled) == 2:
+            raise ValueError
 
-    monkeypatch.setattr(mosaic, "AHEAD", SimpleNamespace(submit=submit))
+    monkeypatch.setattr(jax.stages.Lowered, "compile", compile_it)
     monkeypatch.setattr(mosaic, "STARTED", threading.Event())
-    inputs = [jax.ShapeDtypeStruct((2,), jnp.float32)]
-    mosaic.compile_ahead(jnp.sin, inputs)
-    assert not ahead
+
+    def ask():
+        mosaic.compile_ahead(jnp.sin, [jax.ShapeDtypeStruct((2,), jnp.float32)])
+
+    ask()
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    mosaic.compile_ahead(jnp.sin, inputs)
-    assert not ahead  # there are several devices
+    ask()
+    assert not compiled  # there are several devices
     monkeypatch.setattr(jax, "device_count", lambda: 1)
-    mosaic.compile_ahead(jnp.sin, inputs)
-    mosaic.compile_ahead(jnp.cos, inputs)
-    sine, waited, cosine = ahead
-    assert waited == "waited"
-    for compiled, function in ((sine, jnp.sin), (cosine, jnp.cos)):
-        np.testing.assert_allclose(compiled(jnp.ones(2)), function(jnp.ones(2)))
+    for _ in range(4):
+        ask()
+    while mosaic.JOBS:
+        time.sleep(0.01)
+    assert compiled == [True, False, False, False]
+
+
+def test_the_process_does_not_stay_for_kernels():
+    script = """
+import time, jax, jax.numpy as jnp
+from jaxdiff.models import mosaic
+jax.default_backend, mosaic.STARTED.is_set = lambda: "gpu", lambda: True
+jax.stages.Lowered.compile = lambda lowered: time.sleep(0.5)
+for _ in range(200):
+    mosaic.compile_ahead(jnp.sin, [jax.ShapeDtypeStruct((2,), jnp.float32)])
+print("end", len(mosaic.JOBS))
+"""
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "") and int(done.stdout.split()[1]) > 150
 
 
 def test_initialisation_builds_no_kernels(monkeypatch):
