@@ -1,6 +1,7 @@
 """3x3 convolutions with padding 1, as one operation with what is added to them: a bias, a map, products of others.
 
-And by the same kernel, for the sums that it has of its results, those of upsampled maps and attention's last product.
+And what else the same kernel computes: convolutions of upsampled maps and attention's output, for the sums that it has
+of its results, and several products of one map, which it reads but once.
 """
 
 import functools

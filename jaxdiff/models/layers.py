@@ -184,7 +184,7 @@ class Conv3x3(nn.Module):
         if self.form == "plain":
             y, sums = convolve_add(x, kernel)
         elif self.form == "up" and not forms.plain():
-            y, sums = upsample_convolve(x, kernel)
+            y, sums = upsample_convolve(x, kernel)  # the only other one that may have sums
         else:
             y = FORMS[self.form][1 if forms.plain() else 0](x, kernel)
         return Lacking(y, bias, sums) if self.bias_apart else add_bias(y, bias)

@@ -1,5 +1,7 @@
-"""Arithmetic that kernels in Mosaic GPU are written with, rings of shared memory, and sums over a warp's share of a
-tile."""
+"""What kernels in Mosaic GPU are written with: arithmetic, rings of shared memory, sums over a warp's share of a tile.
+
+And how they are compiled beside the program that they are in.
+"""
 
 import collections
 import contextlib

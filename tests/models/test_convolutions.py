@@ -276,7 +276,7 @@ def test_the_process_does_not_stay_for_kernels():
 import time, jax, jax.numpy as jnp
 from jaxdiff.models import mosaic
 jax.default_backend, mosaic.STARTED.is_set = lambda: "gpu", lambda: True
-jax.stages.Lowered.compile = lambda lowered: time.sleep(0.5)
+jax.stages.Lowered.compile = lambda lowered: time.sleep(1)
 for _ in range(200):
     mosaic.compile_ahead(jnp.sin, [jax.ShapeDtypeStruct((2,), jnp.float32)])
 print("end", len(mosaic.JOBS))
