@@ -1,9 +1,10 @@
 """The training step's compilation, from shapes alone, while the state is made and the first images are read."""
 
+import functools
 import gc
 import time
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,6 +15,8 @@ from ml_collections import ConfigDict
 
 from jaxdiff.data import Source
 from jaxdiff.mesh import batch_sharding
+from jaxdiff.training import programs
+from jaxdiff.training.flops import jaxpr_flops
 from jaxdiff.training.step import TrainStep
 
 
@@ -45,21 +48,39 @@ class Compiling:
     """A jitted function being compiled for arguments (or their shapes) in a thread of its own.
 
     It is traced here and now, so that what is wrong with it is an error here; only XLA, which lets other threads run,
-    works behind. Where the run ends before, the process ends when XLA has: it cannot be interrupted.
+    works behind. Where the run ends before, the process ends when XLA has: it cannot be interrupted. Or it is what an
+    earlier start compiled (`programs`), and nothing is traced.
+
+    Attributes: found: whether it is an earlier start's. flops: counts its operations (`jaxpr_flops`). kept: done when
+    the next start finds it, or cannot.
     """
 
     def __init__(self, function: jax.stages.Wrapped | TrainStep, *args: Any) -> None:
-        self._begin = time.monotonic()
+        begin = time.monotonic()
+        path = programs.find(function, args)
+        program = programs.load(path, args) if path else None
+        self.found = program is not None
+        if program is not None:
+            self.flops: Callable[[], int] = lambda: program.flops
+            self._future, self.kept = Future[tuple[jax.stages.Compiled, float]](), Future[None]()
+            self._future.set_result((program.compiled, time.monotonic() - begin))
+            self.kept.set_result(None)
+            return
         with uncollected():
             traced = function.trace(*args)
-            self.jaxpr = traced.jaxpr
             lowered = traced.lower()
+        self.flops = functools.cache(lambda: jaxpr_flops(traced.jaxpr))
 
         def compile_it() -> tuple[jax.stages.Compiled, float]:
-            return lowered.compile(), time.monotonic() - self._begin
+            return lowered.compile(), time.monotonic() - begin
+
+        def keep_it() -> None:
+            if path and not self._future.exception():
+                programs.save(path, self._future.result()[0], self.flops)
 
         pool = ThreadPoolExecutor(1, "compile")
         self._future = pool.submit(compile_it)
+        self.kept = pool.submit(keep_it)
         pool.shutdown(wait=False)
 
     def result(self) -> tuple[jax.stages.Compiled, float]:

@@ -143,15 +143,15 @@ def matmul_peak(dtype: Any) -> float:
     return 2 * size**3 * times / statistics.median(seconds(times) for _ in range(5))
 
 
-def least_step_time(stage: str, step: Any, images: int, dtype: Any, devices: int) -> float | None:
+def least_step_time(stage: str, count: Callable[[], int], images: int, dtype: Any, devices: int) -> float | None:
     """Seconds that a step would take at the peak of all devices, and says what that is made of.
 
-    Args: step, the traced step (`jaxpr_flops`) of so many images in all. A discriminator that does not play yet is
-    counted as if it did. None where the figure cannot be had: the run goes on without.
+    Args: count, returns the operations of the step (`jaxpr_flops`), of so many images in all. A discriminator that does
+    not play yet is counted as if it did. None where the figure cannot be had: the run goes on without.
     """
     dtype = jnp.dtype(dtype)
     try:
-        flops, peak = jaxpr_flops(step), matmul_peak(dtype)
+        flops, peak = count(), matmul_peak(dtype)
     except Exception as error:  # whatever it is, a run does not end for a figure in its log
         say(f"{stage}: no mfu in metrics.jsonl: {' '.join(str(error).split())}")
         return None

@@ -161,11 +161,12 @@ def fit(
         for done, batch in enumerate(batches, start + 1):
             if compiling:  # waited for ahead of the first step, so that no step's time has it in it
                 compiled, seconds = compiling.result()
-                say(f"{experiment.stage}: step compiled in {seconds:.0f} s")
+                what = "the step of an earlier start found" if compiling.found else "step compiled"
+                say(f"{experiment.stage}: {what} in {seconds:.0f} s")
                 if meshes.is_main():
                     record_compilation(workdir, experiment.stage, seconds)
-                    jaxpr, dtype = compiling.jaxpr, compute_dtype(config)
-                    least = least_step_time(experiment.stage, jaxpr, config.batch_size, dtype, mesh.size)
+                    count, dtype = compiling.flops, compute_dtype(config)
+                    least = least_step_time(experiment.stage, count, config.batch_size, dtype, mesh.size)
                 compiling = None
                 timer.start(start)
             state, metrics = compiled(state, batch, frozen)

@@ -215,7 +215,7 @@ class TrainStep:
     """A step, jitted for states in their `formats`; to be called, traced and lowered as what jax.jit returns."""
 
     def __init__(self, step: Callable[[TrainState, Batch, Any], tuple[TrainState, dict[str, Array]]], mesh: Mesh):
-        self._step, self._mesh = step, mesh
+        self.__wrapped__, self._mesh = step, mesh
         self._jitted: dict[Any, jax.stages.Wrapped] = {}
 
     def _jit(self, state: TrainState) -> jax.stages.Wrapped:
@@ -224,7 +224,7 @@ class TrainStep:
         if key not in self._jitted:
             whole, split, lies = replicated(self._mesh), batch_sharding(self._mesh), jax.tree.unflatten(tree, leaves)
             places: dict[str, Any] = {"in_shardings": (lies, split, whole), "out_shardings": (lies, whole)}
-            self._jitted[key] = jax.jit(self._step, **places, donate_argnums=0)
+            self._jitted[key] = jax.jit(self.__wrapped__, **places, donate_argnums=0)
         return self._jitted[key]
 
     def __call__(self, state: TrainState, batch: Batch, frozen: Any) -> tuple[TrainState, dict[str, Array]]:
