@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 from jaxdiff.errors import Stopped
 from jaxdiff.models.discriminator import PatchDiscriminator
@@ -22,8 +23,13 @@ from jaxdiff.training.stages import run_train
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
+    """Of programs of a CPU too. XLA cannot write one of those anew that it has read from JAX's cache."""
     monkeypatch.setattr(programs, "folder", lambda: tmp_path / "steps")
-    return tmp_path / "steps"
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()
+    yield tmp_path / "steps"
+    jax.config.update("jax_enable_compilation_cache", True)
+    compilation_cache.reset_cache()
 
 
 class Found(Exception):
