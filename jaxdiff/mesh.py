@@ -68,9 +68,9 @@ def is_main() -> bool:
 
 
 def say(line: str) -> None:
-    """Print on one process."""
+    """Print on one process: the line at once, as another thread may have something to say."""
     if is_main():
-        print(line, flush=True)
+        print(f"{line}\n", end="", flush=True)
 
 
 def barrier(name: str) -> None:

@@ -82,6 +82,10 @@ def load(path: pathlib.Path, args: Sequence[Any]) -> Program | None:
 
 def save(path: pathlib.Path, compiled: jax.stages.Compiled, flops: Callable[[], int]) -> None:
     """Keep a program in a file that `find` names, and of all others the last used; says so where it cannot be kept."""
+    # What JAX asked how to split our kernels over devices: it can not be written, and is not asked any more.
+    unloaded: Any = getattr(getattr(compiled, "_executable", None), "_unloaded_executable", None)
+    if getattr(unloaded, "keepalive", None) and not getattr(unloaded, "host_callbacks", True):
+        unloaded.keepalive = []
     try:
         content = pickle.dumps((serialize_executable.serialize(compiled), flops()))
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -170,7 +174,7 @@ class _Hash:
         elif isinstance(value, jax.Array | np.ndarray | np.generic):
             data = np.asarray(jax.random.key_data(value) if _is_key(value) else value)  # type: ignore[arg-type]
             self._text(str(value.dtype), str(data.shape), data.tobytes().hex())
-        elif isinstance(value, np.dtype | enum.Enum | pathlib.PurePath):
+        elif isinstance(value, np.dtype | enum.Enum | jax.ShapeDtypeStruct):
             self._text(repr(value))
         elif isinstance(value, tuple | list):
             self.add(len(value), *value)

@@ -13,8 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
+from jax.sharding import NamedSharding, PartitionSpec
 
+from jaxdiff import mesh as meshes
 from jaxdiff.errors import Stopped
+from jaxdiff.models import splitting
 from jaxdiff.models.discriminator import PatchDiscriminator
 from jaxdiff.training import programs
 from jaxdiff.training.compiling import Compiling
@@ -71,6 +74,37 @@ def test_a_step_is_found_by_the_next_start(folder):
     third.kept.result(30)
     assert not third.found and len(list(folder.iterdir())) == 2
     assert not Compiling(scaled(3.0), jax.ShapeDtypeStruct(x.shape, jnp.int32)).found
+
+
+def split_over_devices(factor):
+    """As a kernel of our own is, each device with its own rows."""
+    split, out = NamedSharding(meshes.make_mesh(), PartitionSpec("data")), [jax.ShapeDtypeStruct((16, 4), jnp.float32)]
+
+    def function(x):
+        return splitting.over_batch(lambda x: [x * factor], factor, [x], out)[0] @ jnp.ones((4, 2))
+
+    return jax.jit(function, in_shardings=split), jax.ShapeDtypeStruct((16, 4), jnp.float32, sharding=split)
+
+
+def test_a_step_of_several_devices_is_found(folder):
+    function, shape = split_over_devices(3.0)
+    first = Compiling(function, shape)
+    x = jax.device_put(jnp.arange(64.0).reshape(16, 4), shape.sharding)
+    result = first.result()[0](x)
+    first.kept.result(30)
+    second = Compiling(*split_over_devices(3.0))
+    again = second.result()[0](x)
+    assert second.found and again.sharding == result.sharding and len(again.sharding.device_set) == 8
+    np.testing.assert_array_equal(again, result)
+    np.testing.assert_array_equal(first.result()[0](x), 3 * np.asarray(x) @ np.ones((4, 2)))
+    assert not Compiling(*split_over_devices(2.0)).found
+
+
+def test_one_that_calls_python_is_not_kept(folder, capsys):
+    """What it would call is of this process."""
+    function = jax.jit(lambda x: jax.pure_callback(np.sin, jax.typeof(x), x))
+    Compiling(function, jnp.ones(2)).kept.result(30)
+    assert not folder.exists() and "is not kept for the next start" in capsys.readouterr().out
 
 
 def test_what_cannot_be_read_is_compiled_anew(folder):
