@@ -136,7 +136,7 @@ def row(entry: dict[str, Any]) -> list[str]:
     """Its cells of the table."""
     cells = [SIDES[entry["side"]], entry["remat"], str(entry["batch"])]
     if "failed" in entry:
-        return [*cells, f"failed: {entry['failed'][:60]}", "", "", "", ""]
+        return [*cells, f"failed: {entry['failed'][:120]}", "", "", "", ""]
     s = entry["seconds"]
     memory = [f"{entry[key] / GIB:.2f}" for key in ("state", "temporary")]
     return [*cells, *memory, f"{1e3 * s:.1f}", f"{entry['batch'] / s:,.1f}", f"{entry['first_seconds']:.0f}"]

@@ -4,6 +4,7 @@ What a step computes follows from the source, from what its functions refer to, 
 file is called by a hash of all that, and of the versions and settings of what compiles.
 """
 
+import contextlib
 import dataclasses
 import enum
 import functools
@@ -48,10 +49,9 @@ class Unknown(Exception):
 def folder() -> pathlib.Path | None:
     """Where programs are kept: within the folder of JAX's own cache. None where there is none, for several processes,
     and without a GPU: on a CPU tracing is short beside the rest."""
-    settings = jax.config.values
-    cache, wanted = settings["jax_compilation_cache_dir"], settings["jax_enable_compilation_cache"]
-    wanted = cache and wanted and forms.for_gpu() and jax.process_count() == 1
-    return pathlib.Path(cache) / "steps" if wanted else None
+    cache = jax.config.values["jax_enable_compilation_cache"] and jax.config.values["jax_compilation_cache_dir"]
+    local = cache and "://" not in cache  # it may be a bucket
+    return pathlib.Path(cache) / "steps" if local and forms.for_gpu() and jax.process_count() == 1 else None
 
 
 def find(function: Any, args: Sequence[Any]) -> pathlib.Path | None:
@@ -74,7 +74,8 @@ def load(path: pathlib.Path, args: Sequence[Any]) -> Program | None:
         (content, inputs, outputs), flops = pickle.loads(path.read_bytes())
         devices = _devices(args)
         compiled = serialize_executable.deserialize_and_load(content, inputs, outputs, execution_devices=devices)
-        os.utime(path)
+        with contextlib.suppress(OSError):  # where it may be read alone
+            os.utime(path)
     except Exception:  # whatever it is: the function is compiled anew
         return None
     return Program(compiled, flops)

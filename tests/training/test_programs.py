@@ -164,11 +164,16 @@ def test_where_they_are_kept(monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(jax, "process_count", lambda: 2)
         assert programs.folder() is None
-    jax.config.update("jax_enable_compilation_cache", False)
-    try:
-        assert programs.folder() is None
-    finally:
-        jax.config.update("jax_enable_compilation_cache", True)
+    for name, value in {
+        "jax_enable_compilation_cache": False,
+        "jax_compilation_cache_dir": "gs://bucket/cache",
+    }.items():
+        before = jax.config.values[name]
+        jax.config.update(name, value)
+        try:
+            assert programs.folder() is None
+        finally:
+            jax.config.update(name, before)
 
 
 VALUES = [
