@@ -9,7 +9,6 @@ import dataclasses
 import enum
 import functools
 import hashlib
-import importlib
 import itertools
 import os
 import pathlib
@@ -169,7 +168,7 @@ class _Hash:
         if name := _importable(value):
             self._text("named", name)
             return
-        self._text(f"{kind.__module__}.{kind.__qualname__}")
+        self._text("dtype" if isinstance(value, np.dtype) else _class(kind))
         if isinstance(value, types.FunctionType):
             self._function(value)
         elif isinstance(value, jax.Array | np.ndarray | np.generic):
@@ -198,6 +197,8 @@ class _Hash:
 
     def _function(self, function: types.FunctionType) -> None:
         code = function.__code__
+        if not os.path.exists(code.co_filename):
+            raise Unknown(f"{function.__qualname__}, which is in no file")
         self._text(function.__module__, function.__qualname__, str(code.co_firstlineno), code.co_code.hex())
         for constant in code.co_consts:
             if not isinstance(constant, types.CodeType):
@@ -219,14 +220,28 @@ def _is_key(value: Any) -> bool:
     return isinstance(value, jax.Array) and jax.dtypes.issubdtype(value.dtype, jax.dtypes.prng_key)
 
 
+def _class(kind: type) -> str:
+    """Its name. Raises: Unknown where that does not tell it from others, as it is made within a function."""
+    name = f"{kind.__module__}.{kind.__qualname__}"
+    if kind.__module__ != "builtins" and not _importable(kind):
+        raise Unknown(name)
+    return name
+
+
 def _importable(value: Any) -> str | None:
-    """The name that this very value has in a module; None where it has none."""
+    """The name that this very value has in a module; None where it has none. Raises: Unknown where the module is no
+    file whose content is hashed, as in a notebook."""
     if isinstance(value, types.ModuleType):
         return value.__name__
     module, name = getattr(value, "__module__", None), getattr(value, "__qualname__", None)
     if not isinstance(module, str) or not isinstance(name, str) or module not in sys.modules:
         return None
-    found: Any = importlib.import_module(module)
+    found: Any = sys.modules[module]
     for part in name.split("."):
         found = getattr(found, part, None)
-    return f"{module}.{name}" if found is value else None
+    if found is not value:
+        return None
+    top = sys.modules[module.partition(".")[0]]
+    if not (hasattr(top, "__path__") or getattr(top, "__file__", None) or module in sys.builtin_module_names):
+        raise Unknown(f"{module}.{name}, which is in no file")
+    return f"{module}.{name}"

@@ -7,6 +7,7 @@ import pathlib
 import subprocess
 import sys
 import time
+import types
 
 import jax
 import jax.numpy as jnp
@@ -154,6 +155,28 @@ def test_what_is_not_known_is_not_kept(folder):
     np.testing.assert_array_equal(compiling.result()[0](jnp.ones(2)), 3 * jnp.ones(2))
     compiling.kept.result(30)
     assert programs.find(function, (jnp.ones(2),)) is None and not folder.exists()
+
+
+NOTEBOOK = """
+import functools, dataclasses
+def function(x): return x
+def outer():
+    return lambda x: x
+@dataclasses.dataclass
+class Thing:
+    number: int = 1
+"""
+
+
+def test_what_is_in_no_file_is_not_known(monkeypatch):
+    """As the cells of a notebook, whose next edition has the same names."""
+    module = types.ModuleType("notebook")
+    monkeypatch.setitem(sys.modules, "notebook", module)
+    exec(compile(NOTEBOOK, "<cell>", "exec"), module.__dict__)
+    for value in (module.function, module.outer(), module.Thing(), functools.partial(module.function), module.Thing):
+        assert "notebook" in hashed(value) or "no file" in hashed(value)
+    module.__file__ = __file__
+    assert len(hashed(module.function)) == len(hashed(module.Thing())) == 64
 
 
 def test_where_they_are_kept(monkeypatch):
