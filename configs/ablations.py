@@ -6,6 +6,7 @@
 EXPERIMENT is ldm_cfg (default) or ddpm, DATASET any of theirs. `base` changes nothing. Results: docs/techniques.md.
 """
 
+import math
 import pathlib
 import runpy
 from collections.abc import Callable
@@ -18,13 +19,6 @@ from jaxdiff.errors import ConfigError
 Fields = dict[str, Any]
 COSINE: Fields = {"diffusion.schedule": "cosine"}
 LEARNED: Fields = {"model.learned_variance": True, "diffusion.loss": "hybrid", "sample.sampler": "ddpm"}
-EDM: Fields = {
-    "diffusion.schedule": "edm",
-    "diffusion.prediction": "edm",
-    "diffusion.time_sampling": "lognormal",
-    "sample.spacing": "karras",
-    "sample.sampler": "heun",
-}
 FLOW: Fields = {
     "diffusion.schedule": "flow",
     "diffusion.prediction": "flow",
@@ -62,6 +56,21 @@ def _combined(config: ConfigDict) -> Fields:
     return {**COSINE, **LEARNED, **_enhanced(config)}
 
 
+def _edm(config: ConfigDict) -> Fields:
+    """EDM, published for data of deviation 0.5: whitened latents have 1, so that all its sigmas are doubled."""
+    fields: Fields = {
+        "diffusion.schedule": "edm",
+        "diffusion.prediction": "edm",
+        "diffusion.time_sampling": "lognormal",
+        "sample.spacing": "karras",
+        "sample.sampler": "heun",
+    }
+    if "autoencoder" in config:
+        fields |= {"diffusion.sigma_data": 1.0, "diffusion.time_normal": (math.log(2) - 1.2, 1.2)}
+        fields |= {"sample.sigmas": (0.004, 160.0, 7.0)}
+    return fields
+
+
 ABLATIONS: dict[str, Fields | Callable[[ConfigDict], Fields]] = {
     "base": {},
     # The mission's table of techniques.
@@ -75,7 +84,7 @@ ABLATIONS: dict[str, Fields | Callable[[ConfigDict], Fields]] = {
     # What is predicted, and how its error is weighed.
     "x0": {"diffusion.prediction": "x0"},
     "v": {"diffusion.prediction": "v"},
-    "edm": EDM,
+    "edm": _edm,
     "flow": FLOW,
     "min_snr": {"diffusion.weighting": "min_snr"},
     "v_min_snr": {"diffusion.prediction": "v", "diffusion.weighting": "min_snr"},

@@ -95,7 +95,7 @@ def make_plan(
             f"sample.spacing = {spacing!r}: must be one whose steps follow on each other, such as dpm, with "
             f"sample.sampler = {sampler!r}"
         )
-    added = np.zeros(steps + 1)
+    added, sigma = np.zeros(steps + 1), now[0, 2]
     if churn:
         if not method.churn or isinstance(process, Schedule) or eta or (now[:, 1] != 1).any():
             raise ConfigError(
@@ -145,7 +145,7 @@ def make_plan(
     rows = jax.tree.map(pad, row)
     if discrete:
         rows = rows._replace(time=rows.time.astype(np.int32))
-    scale = 1.0 if discrete else s[0]  # the noisiest timestep counts as pure noise, as everywhere
+    scale = 1.0 if discrete else np.hypot(sigma, added[0])  # the noisiest timestep counts as pure noise, as everywhere
     return Plan(np.int32(len(now)), np.float32(scale), rows)
 
 

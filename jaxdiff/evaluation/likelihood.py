@@ -21,7 +21,8 @@ from jaxdiff.mesh import say
 def likelihood_record(
     generator: Generator, params: Any, settings: Any, val: Source, num: int, protocol: dict[str, Any]
 ) -> Record:
-    """The record of the bound over the first `num` (0 = all) validation images, all T terms of each at one draw.
+    """The record of the bound over `num` (0 = all) validation images, always the same ones, all T terms of each at one
+    draw.
 
     In pixels the last term is the likelihood of 8-bit values. Latents have none: there it is a KL as the others are,
     and the bound says how well latents are modelled, not images. Args: settings, the fields `sample`: seed, batch_size,
@@ -31,12 +32,14 @@ def likelihood_record(
     mesh, watch = generator.mesh, Stopwatch()
     run = jax.jit(functools.partial(_bound, generator, clip=settings.clip))
     num = min(num or len(val), len(val))
+    # Drawn from all of them: they come class by class.
+    chosen = np.sort(np.random.default_rng(0).permutation(len(val))[:num])
     size = -(-min(settings.batch_size, num) // mesh.size) * mesh.size
     key = named_key(settings.seed, "likelihood")
     bits = []
     with watch.part("likelihood"):
         for first in range(0, num, size):
-            index = np.arange(first, min(first + size, num))
+            index = chosen[first : first + size]
             batch = {name: value for name, value in val.batch(index).items() if name in ("image", "label")}
             batch = {**batch, "index": index.astype(np.int32)}
             rows = {

@@ -26,7 +26,8 @@ def rfd_effnet_lite0(model: AutoencoderKL, params: Any, source: Source, mesh: Me
     """
 
     def features(frozen: Any, image: Array, decoded: Array) -> list[Array]:
-        return [efficientnet.apply(frozen, efficientnet.resized(x)).features for x in (image, decoded)]
+        with jax.default_matmul_precision("highest"):  # as all distances are
+            return [efficientnet.apply(frozen, efficientnet.resized(x)).features for x in (image, decoded)]
 
     moments = Moments(), Moments()
     for part in _compare(features, efficientnet.load(), model, params, source, mesh):

@@ -27,7 +27,8 @@ def timestep_embedding(
 ) -> Float[Array, "batch {dim}"]:
     """Sinusoidal embedding [cos(t f_i), sin(t f_i)] with f_i = max_period^(-i / (dim/2 - freq_shift)) of timesteps t.
 
-    Args: t in [0, T); dim, even; freq_shift, below dim/2: 1 in DDPM's own code, 0 in guided-diffusion.
+    Args: t, in [0, T) where times are steps; dim, even; freq_shift, below dim/2: 1 in DDPM's own code, 0 in
+      guided-diffusion.
     Source: Ho et al. 2020 (arXiv 2006.11239), in guided-diffusion's cos-first order.
     """
     half = dim // 2

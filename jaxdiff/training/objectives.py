@@ -116,7 +116,7 @@ def diffusion_objective(
                 diffusion.learned_fraction(learned),
                 discrete=whitening is None,
             )
-            metrics |= {"vlb": bound} | ({"mse": total} if recipe.loss == "hybrid" else {})
+            metrics |= {"vlb": inputs["weight"] * bound} | ({"mse": total} if recipe.loss == "hybrid" else {})
             total = total + bound / 1000 if recipe.loss == "hybrid" else bound
         total = inputs["weight"] * total
         for name, extra in (auxiliary or {}).items():
@@ -128,6 +128,6 @@ def diffusion_objective(
         return Objective(prepare, loss)
 
     def remember(history: Any, inputs: Batch, metrics: Batch) -> Any:
-        return diffusion.remember(history, inputs["t"], metrics["vlb"])
+        return diffusion.remember(history, inputs["t"], metrics["vlb"] / inputs["weight"])
 
     return Objective(prepare, loss, memory=Memory(diffusion.new_history(len(schedule.betas)), remember))

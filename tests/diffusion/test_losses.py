@@ -155,6 +155,19 @@ def test_importance_sampling_keeps_the_expected_loss():
     assert weighted.std() < 0.05 * losses[np.random.default_rng(0).integers(0, 20, 1000)].std()
 
 
+def test_the_bound_that_is_logged_is_weighted_as_the_loss_and_the_one_remembered_is_not():
+    """Its mean is that of the bound, whatever the probabilities of the times that were drawn."""
+    recipe = Recipe(0.1, loss="vlb", time_sampling="importance")
+    objective = diffusion_objective(NETWORK, LINEAR, recipe, null_label=10)
+    weight = jnp.linspace(0.2, 3.0, len(T))
+    loss, metrics = objective.loss(NONE, {**INPUTS, "weight": weight}, None, ())
+    plain, _ = objective.loss(NONE, {**INPUTS, "weight": jnp.ones(len(T))}, None, ())
+    np.testing.assert_allclose(metrics["vlb"], weight * plain, rtol=1e-5)
+    np.testing.assert_allclose(loss, metrics["vlb"], rtol=1e-6)
+    history = objective.memory.update(objective.memory.initial, {**INPUTS, "weight": weight}, metrics)
+    assert sorted(history.losses[history.losses != 0].tolist()) == pytest.approx(sorted(plain.tolist()), rel=1e-5)
+
+
 def test_an_auxiliary_loss_is_added_and_logged():
     objective = diffusion_objective(
         NETWORK,

@@ -99,6 +99,17 @@ def test_churn_stays_in_its_interval_and_below_its_bound():
     np.testing.assert_allclose(plan.rows.rule.noise[:9], np.where(inside, 1.1 * sigma, 0)[1:], rtol=1e-5)
 
 
+def test_churn_of_the_first_step_is_in_the_noise_that_is_begun_with():
+    """Algorithm 2 of EDM begins with x of deviation sigma_max, and adds S_noise^2 (raised^2 - sigma_max^2)."""
+    raised = EDM.pairs("karras", 10)[0][0, 2] * (1 + min(40 / 10, np.sqrt(2) - 1))
+    for spread in (1.0, 1.1):
+        plan = df.make_plan(EDM, "heun", steps=10, spacing="karras", churn=df.Churn(40.0, 0.0, np.inf, spread))
+        added = spread**2 * (raised**2 - EDM.pairs("karras", 10)[0][0, 2] ** 2)
+        expected = np.sqrt(EDM.pairs("karras", 10)[0][0, 2] ** 2 + added)
+        np.testing.assert_allclose(plan.initial_scale, expected, rtol=1e-6)
+        np.testing.assert_allclose(plan.rows.sigma[0], raised, rtol=1e-6)
+
+
 def test_one_end_of_the_learned_range_is_the_larger_variance_and_one_the_smaller():
     keys = df.sample_keys(jax.random.key(0), jnp.arange(3))
     x_init = df.initial_noise(keys, (4,))

@@ -73,7 +73,8 @@ def test_the_bound_is_trained_and_evaluated(tiny, tmp_path):
 def test_samplers_of_continuous_time(tiny, name):
     config = tiny("ddpm")
     config.model.update(channel_mult=(1,), attention_resolutions=())
-    config.update_from_flattened_dict(ablations.ABLATIONS[name])
+    fields = ablations.ABLATIONS[name]
+    config.update_from_flattened_dict(fields(config) if callable(fields) else fields)
     network = build_network(config, 3, 4)
     one = jnp.zeros((1,), jnp.int32)
     params = network.init(jax.random.key(0), jnp.zeros((1, 8, 8, 3)), one, one)
