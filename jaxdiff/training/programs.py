@@ -1,7 +1,9 @@
 """Compiled training steps of earlier starts, which are found again before anything is traced.
 
 What a step computes follows from the source, from what its functions refer to, and from the shapes of its arguments: a
-file is called by a hash of all that, and of the versions and settings of what compiles.
+file is called by a hash of all that, and of the versions and settings of what compiles. Where code of others has been
+imported, which may have changed whatever is looked up when a step is traced, nothing is kept, nor where a file has been
+edited since it was.
 """
 
 import contextlib
@@ -26,11 +28,14 @@ from jax.experimental import serialize_executable
 from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
+from jaxdiff import STARTED, diffusion
 from jaxdiff.mesh import say
-from jaxdiff.models import forms
+from jaxdiff.models import forms, norm
 
 PACKAGE = pathlib.Path(__file__).resolve().parent.parent
-SETTINGS = ("JAX", "XLA", "TRITON", "NVIDIA", "CUDNN", "CUBLAS", "LD_LIBRARY_PATH")  # begin of names in the environment
+OWN = [PACKAGE, PACKAGE.parent / "configs", PACKAGE.parent / "benchmarks"]
+# How names of the environment begin that what compiles looks at.
+SETTINGS = ("JAX", "XLA", "FLAX", "TRITON", "NVIDIA_TF32", "CUDNN", "CUBLAS", "LD_LIBRARY_PATH")
 KEPT = 32  # the last used; that of a UNet of 36 M parameters has 11 MB
 
 
@@ -42,7 +47,7 @@ class Program(NamedTuple):
 
 
 class Unknown(Exception):
-    """Of something that a function refers to it cannot be told whether it is the same as before."""
+    """Of something that a step follows from it cannot be told whether it is the same as before."""
 
 
 def folder() -> pathlib.Path | None:
@@ -59,7 +64,7 @@ def find(function: Any, args: Sequence[Any]) -> pathlib.Path | None:
     root = folder()
     try:
         return root and root / identity(function, args)
-    except Unknown:
+    except Exception:  # Unknown, or whatever it is: the step is compiled as without
         return None
 
 
@@ -82,29 +87,34 @@ def load(path: pathlib.Path, args: Sequence[Any]) -> Program | None:
 
 def save(path: pathlib.Path, compiled: jax.stages.Compiled, flops: Callable[[], int]) -> None:
     """Keep a program in a file that `find` names, and of all others the last used; says so where it cannot be kept."""
-    # What JAX asked how to split our kernels over devices: it can not be written, and is not asked any more.
+    # What JAX asked how to split our kernels over devices: it cannot be written, and is not asked any more.
     unloaded: Any = getattr(getattr(compiled, "_executable", None), "_unloaded_executable", None)
     if getattr(unloaded, "keepalive", None) and not getattr(unloaded, "host_callbacks", True):
         unloaded.keepalive = []
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
         content = pickle.dumps((serialize_executable.serialize(compiled), flops()))
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
         partial.write_bytes(content)
         partial.replace(path)
-        for old in sorted(path.parent.iterdir(), key=lambda file: file.stat().st_mtime)[:-KEPT]:
-            old.unlink(missing_ok=True)
     except Exception as error:  # a full disk, or what JAX cannot write: the run needs it not
         say(f"the compiled step is not kept for the next start: {' '.join(str(error).split())}")
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        return
+    with contextlib.suppress(OSError):  # others may do the same
+        for old in sorted(path.parent.iterdir(), key=lambda file: file.stat().st_mtime)[:-KEPT]:
+            old.unlink()
 
 
 def identity(function: Any, args: Sequence[Any]) -> str:
     """Hash of all that the function, compiled for these arguments or their shapes, follows from. Raises: Unknown."""
     found = _Hash()
-    found.add(sys.version, _source(), _installed(), dict(jax.config.values))
+    found.add(sys.version, _source(), _installed(), dict(jax.config.values), forms.CAPABILITY, norm.INTERPRET)
     found.add({name: value for name, value in sorted(os.environ.items()) if name.startswith(SETTINGS)})
     devices = _devices(args)
     found.add([(d.id, d.device_kind, d.client.platform_version) for d in devices], len(jax.devices()))
+    found.add(diffusion.SCHEDULES, diffusion.PREDICTIONS, diffusion.WEIGHTINGS, diffusion.TIMES)  # config files may add
     found.add(getattr(function, "__wrapped__", function))
     leaves, tree = jax.tree.flatten(args)
     found.add(str(tree))
@@ -122,15 +132,21 @@ def _devices(args: Sequence[Any]) -> list[jax.Device]:
     return next((list(mesh.devices.flat) for mesh in meshes), jax.devices()[:1])
 
 
-@functools.cache
 def _source() -> str:
-    """Hash of the package, and of whatever else has been imported that is not installed."""
-    standard = {sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")}
-    files = (getattr(module, "__file__", None) for module in list(sys.modules.values()))
-    imported = {pathlib.Path(file) for file in files if file}
-    others = {file for file in imported if not any(file.is_relative_to(path) for path in standard if path)}
+    """Hash of the source. Raises: Unknown where code of others was imported, or a file is younger than what runs."""
+    roots = [path for name in ("stdlib", "platstdlib") if (path := sysconfig.get_path(name))]
+    roots += [path for path in sys.path if path and next(pathlib.Path(path).glob("*.dist-info"), None)]
+    if not getattr(sys.modules["__main__"], "__file__", None):
+        raise Unknown("what was typed, or a notebook")
+    names = (getattr(module, "__file__", None) for module in list(sys.modules.values()))
+    imported = {pathlib.Path(name) for name in names if name and not any(map(pathlib.Path(name).is_relative_to, roots))}
+    own = {file for file in imported if any(map(file.resolve().is_relative_to, OWN))}
+    if others := imported - own:
+        raise Unknown(str(min(others)))
     digest = hashlib.sha256()
-    for file in sorted({*PACKAGE.rglob("*.py"), *(o for o in others if o.suffix == ".py" and o.exists())}):
+    for file in sorted({*(file for file in PACKAGE.rglob("*.py") if file.is_file()), *own}):
+        if file.stat().st_mtime > STARTED:
+            raise Unknown(f"{file}, edited since it was imported")
         digest.update(f"{file.name}\n".encode() + file.read_bytes())
     return digest.hexdigest()
 
@@ -142,7 +158,8 @@ def _installed() -> list[str]:
 
 
 class _Hash:
-    """Of values, by what they are made of: of functions what they refer to, their code is of the source."""
+    """Of values, by what they are made of: functions by their code, and by what they hold. What they look up in modules
+    is of the source."""
 
     def __init__(self) -> None:
         self.digest = hashlib.sha256()
@@ -171,9 +188,14 @@ class _Hash:
         self._text("dtype" if isinstance(value, np.dtype) else _class(kind))
         if isinstance(value, types.FunctionType):
             self._function(value)
-        elif isinstance(value, jax.Array | np.ndarray | np.generic):
-            data = np.asarray(jax.random.key_data(value) if _is_key(value) else value)  # type: ignore[arg-type]
-            self._text(str(value.dtype), str(data.shape), data.tobytes().hex())
+        elif isinstance(value, type):
+            raise Unknown(str(value))
+        elif isinstance(value, jax.Array | np.generic) or kind is np.ndarray:
+            data = np.asarray(jax.random.key_data(value) if _is_key(value) else value)
+            if data.dtype.hasobject:
+                raise Unknown("an array of objects")
+            weak = str(getattr(value, "weak_type", False))
+            self._text(str(value.dtype), weak, str(data.shape), data.tobytes().hex())
         elif isinstance(value, np.dtype | enum.Enum | jax.ShapeDtypeStruct):
             self._text(repr(value))
         elif isinstance(value, tuple | list):
@@ -185,31 +207,36 @@ class _Hash:
         elif isinstance(value, types.MethodType):
             self.add(value.__func__, value.__self__)
         elif isinstance(value, nn.Module):
+            if value.scope is not None:
+                raise Unknown("a module with variables")
             self._fields(value, {"parent", "name"})
         elif dataclasses.is_dataclass(value):
             self._fields(value, ())
         elif kind.__module__.startswith("jaxdiff.") and not hasattr(kind, "__slots__"):
             self.add(vars(value))
-        elif kind.__name__ == "PjitFunction":
-            self.add(value.__wrapped__)
         else:
             raise Unknown(f"{kind.__module__}.{kind.__qualname__}")
 
     def _function(self, function: types.FunctionType) -> None:
-        code = function.__code__
-        if not os.path.exists(code.co_filename):
-            raise Unknown(f"{function.__qualname__}, which is in no file")
-        self._text(function.__module__, function.__qualname__, str(code.co_firstlineno), code.co_code.hex())
-        for constant in code.co_consts:
-            if not isinstance(constant, types.CodeType):
-                self._text(repr(sorted(map(repr, constant)) if isinstance(constant, frozenset) else constant))
-        self.add(code.co_names)
+        self._text(function.__module__, function.__qualname__)
+        self._code(function.__code__)
         self.add(function.__defaults__, function.__kwdefaults__)
         for cell in function.__closure__ or ():
             try:
                 self.add(cell.cell_contents)
             except ValueError:
                 self._text("empty")
+
+    def _code(self, code: types.CodeType) -> None:
+        if not os.path.exists(code.co_filename):
+            raise Unknown(f"{code.co_name}, which is in no file")
+        self._text(str(code.co_firstlineno), code.co_code.hex())
+        self.add(code.co_names)
+        for constant in code.co_consts:
+            if isinstance(constant, types.CodeType):
+                self._code(constant)
+            else:
+                self._text(repr(sorted(map(repr, constant)) if isinstance(constant, frozenset) else constant))
 
     def _fields(self, value: Any, without: Iterable[str]) -> None:
         names = [field.name for field in dataclasses.fields(value) if field.name not in without]
@@ -229,8 +256,7 @@ def _class(kind: type) -> str:
 
 
 def _importable(value: Any) -> str | None:
-    """The name that this very value has in a module; None where it has none. Raises: Unknown where the module is no
-    file whose content is hashed, as in a notebook."""
+    """The name that this very value has in a module; None where it has none."""
     if isinstance(value, types.ModuleType):
         return value.__name__
     module, name = getattr(value, "__module__", None), getattr(value, "__qualname__", None)
@@ -239,9 +265,4 @@ def _importable(value: Any) -> str | None:
     found: Any = sys.modules[module]
     for part in name.split("."):
         found = getattr(found, part, None)
-    if found is not value:
-        return None
-    top = sys.modules[module.partition(".")[0]]
-    if not (hasattr(top, "__path__") or getattr(top, "__file__", None) or module in sys.builtin_module_names):
-        raise Unknown(f"{module}.{name}, which is in no file")
-    return f"{module}.{name}"
+    return f"{module}.{name}" if found is value else None

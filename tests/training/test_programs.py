@@ -1,5 +1,6 @@
 """Steps that an earlier start compiled: found where nothing is other than then, and the same to the bit."""
 
+import dataclasses
 import functools
 import json
 import os
@@ -9,6 +10,7 @@ import sys
 import time
 import types
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,6 +18,7 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import NamedSharding, PartitionSpec
 
+from jaxdiff import diffusion
 from jaxdiff import mesh as meshes
 from jaxdiff.errors import Stopped
 from jaxdiff.models import splitting
@@ -23,6 +26,13 @@ from jaxdiff.models.discriminator import PatchDiscriminator
 from jaxdiff.training import programs
 from jaxdiff.training.compiling import Compiling
 from jaxdiff.training.stages import run_train
+
+
+@pytest.fixture(autouse=True)
+def own(monkeypatch):
+    """The tests are no code of others, and what runs them is no notebook."""
+    monkeypatch.setattr(programs, "OWN", [*programs.OWN, pathlib.Path(__file__).parent.parent])
+    monkeypatch.setattr(sys.modules["__main__"], "__file__", __file__, raising=False)
 
 
 @pytest.fixture
@@ -140,7 +150,7 @@ def test_the_last_used_are_kept(folder, monkeypatch):
         for file in folder.iterdir():  # the files' times are seconds apart
             if file.stat().st_mtime > time.time() - 10:
                 os.utime(file, (before, before))
-    assert [Compiling(scaled(factor), x).found for factor in (1.0, 2.0, 3.0)] == [True, False, True]
+    assert [Compiling(scaled(factor), x).found for factor in (1.0, 3.0, 2.0)] == [True, True, False]
 
 
 def test_what_is_not_known_is_not_kept(folder):
@@ -157,26 +167,55 @@ def test_what_is_not_known_is_not_kept(folder):
     assert programs.find(function, (jnp.ones(2),)) is None and not folder.exists()
 
 
-NOTEBOOK = """
-import functools, dataclasses
-def function(x): return x
-def outer():
-    return lambda x: x
-@dataclasses.dataclass
-class Thing:
-    number: int = 1
-"""
+def test_nothing_is_kept_beside_code_of_others(monkeypatch, tmp_path):
+    """It may have changed whatever is looked up when a step is traced."""
+    arguments = scaled(1.0), (jnp.ones(2),)
+    assert len(programs.identity(*arguments)) == 64
+    with monkeypatch.context() as patch:
+        patch.delattr(sys.modules["__main__"], "__file__")
+        with pytest.raises(programs.Unknown, match="notebook"):
+            programs.identity(*arguments)
+    other = types.ModuleType("other")
+    other.__file__ = str(tmp_path / "other.py")
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "other", other)
+        with pytest.raises(programs.Unknown, match=r"other\.py"):
+            programs.identity(*arguments)
+        (tmp_path / "x-1.dist-info").mkdir()  # where things are installed
+        patch.syspath_prepend(tmp_path)
+        assert len(programs.identity(*arguments)) == 64
 
 
-def test_what_is_in_no_file_is_not_known(monkeypatch):
-    """As the cells of a notebook, whose next edition has the same names."""
-    module = types.ModuleType("notebook")
-    monkeypatch.setitem(sys.modules, "notebook", module)
-    exec(compile(NOTEBOOK, "<cell>", "exec"), module.__dict__)
-    for value in (module.function, module.outer(), module.Thing(), functools.partial(module.function), module.Thing):
-        assert "notebook" in hashed(value) or "no file" in hashed(value)
-    module.__file__ = __file__
-    assert len(hashed(module.function)) == len(hashed(module.Thing())) == 64
+def test_nothing_is_kept_of_source_that_was_edited_since(monkeypatch):
+    monkeypatch.setattr(programs, "STARTED", time.time() - 1e9)
+    with pytest.raises(programs.Unknown, match="edited since"):
+        programs.identity(scaled(1.0), (jnp.ones(2),))
+
+
+def test_links_of_editors_are_no_source(monkeypatch, tmp_path):
+    (tmp_path / ".#loop.py").symlink_to("user@host.1:1")
+    monkeypatch.setattr(programs, "PACKAGE", tmp_path)
+    assert len(programs.identity(scaled(1.0), (jnp.ones(2),))) == 64
+
+
+def made(inner):
+    @dataclasses.dataclass
+    class Thing:
+        number: int = inner
+
+    return Thing
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        *(made(1), made(1)(), np.array([None]), np.ma.masked_array([1]), PatchDiscriminator(layers=2).bind({})),
+        *(scaled(2.0), eval("lambda x: x"), functools.partial(made(1)), nn.remat(PatchDiscriminator)),
+    ],
+)
+def test_what_it_cannot_tell_from_something_else(value):
+    with pytest.raises(programs.Unknown):
+        programs._Hash().add(value)
 
 
 def test_where_they_are_kept(monkeypatch):
@@ -204,7 +243,8 @@ VALUES = [
     *(np.float32(1), np.ones(1), np.ones(2), np.ones(1, np.int32), np.ones((1, 1)), np.zeros(1), jnp.sin, jnp.cos),
     *(jax.random.key(0), jax.random.key(1), jax.random.key_data(jax.random.key(1)), PatchDiscriminator(layers=2)),
     *(PatchDiscriminator(layers=3), functools.partial(jnp.sum, axis=0), functools.partial(jnp.sum, axis=1)),
-    *(lambda x: x + 1, lambda x: x + 2, lambda x, y=1: x, lambda x, y=2: x, scaled(1.0), scaled(2.0), "1".join),
+    *(lambda x: x + 1, lambda x: x + 2, lambda x, y=1: x, lambda x, y=2: x),
+    *(lambda x: lambda: x + 1, lambda x: lambda: x + 2, jnp.ones(1), jnp.asarray(1.0), jnp.float32(1.0)),
 ]
 
 
@@ -220,7 +260,7 @@ def hashed(value):
 def test_what_differs_has_another_hash():
     hashes = [hashed(value) for value in VALUES]
     assert len(set(hashes)) == len(VALUES) and hashes == [hashed(value) for value in VALUES]
-    assert hashed(scaled(2.0)) == hashed(scaled(2.0)) and hashed(np.ones(2)) == hashed(np.ones(2))
+    assert hashed(np.ones(2)) == hashed(np.ones(2))
 
 
 # Fields of which a step has other code or other numbers in it.
@@ -281,6 +321,16 @@ def test_settings_of_what_compiles_change_it(settings, monkeypatch):
     assert programs.identity(*arguments) != before
 
 
+def test_what_is_added_to_a_table_changes_it(monkeypatch):
+    arguments = scaled(1.0), (jnp.ones(2),)
+    found = {programs.identity(*arguments)}
+    for factor in (1, 2):
+        own = diffusion.WEIGHTINGS["min_snr"]._replace(gamma=5.0 * factor)
+        monkeypatch.setitem(diffusion.WEIGHTINGS, "own", own)
+        found.add(programs.identity(*arguments))
+    assert len(found) == 3
+
+
 def test_another_process_finds_the_same():
     """Nothing of it depends on where things are in memory, or on the order of sets."""
     code = """
@@ -289,6 +339,8 @@ from tests.tiny import tiny_config
 from jaxdiff.training import programs
 from tests.training.test_programs import Found, step_identity
 import pathlib, sys, pytest
+programs.OWN.append(pathlib.Path("tests").resolve())
+sys.modules["__main__"].__file__ = programs.__file__
 with pytest.MonkeyPatch.context() as patch:
     for name in ("ddpm", "vae"):
         print(step_identity(tiny_config(name), pathlib.Path(sys.argv[1]) / name, patch))
