@@ -13,9 +13,9 @@ class Stopped(Exception):
         self.signum = signum
 
 
-class Interrupted(Stopped):
-    """Stopped where nothing is trained: what is finished is in its files."""
+class Interrupted(BaseException):
+    """Stopped where nothing is trained: what is finished is in its files. Nothing that catches errors catches it."""
 
     def __init__(self, signum: int) -> None:
-        Exception.__init__(self, "stopped; what is finished is kept, the same command goes on from there")
+        super().__init__("stopped; what is finished is kept, the same command goes on from there")
         self.signum = signum

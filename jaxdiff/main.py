@@ -7,7 +7,7 @@ import sys
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from jaxdiff.errors import ConfigError, Stopped
+from jaxdiff.errors import ConfigError, Interrupted, Stopped
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 MODES = {
@@ -109,7 +109,7 @@ def main() -> None:
     except KeyboardInterrupt:  # while nothing is being trained: there is nothing to save
         print("interrupted", file=sys.stderr)
         sys.exit(130)
-    except Stopped as stopped:
+    except (Stopped, Interrupted) as stopped:
         print(stopped, file=sys.stderr)
         sys.exit(128 + stopped.signum)
 

@@ -70,6 +70,8 @@ def test_files_are_never_overwritten(tmp_path, tiny, format):
         names = ["000000-class0.png", "000001-class1.png", "000002-class0.png"]
         assert sorted(p.name for p in (tmp_path / "s").iterdir()) == names
         assert len(list((tmp_path / "s-2").iterdir())) == 3
+    first.unlink()  # moved elsewhere; the others stay as they are
+    assert save_samples(tmp_path / "s", 255 - samples, labels, settings).name == "s-3.png"
 
 
 def randomised(tree):

@@ -1,15 +1,21 @@
 """Configs on disk, and whose a workdir is."""
 
+import contextlib
 import json
 import os
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from jaxdiff.config.fields import number_or_several
 from jaxdiff.errors import ConfigError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 SAMPLE_FIELDS = ("sample",)  # groups that --mode=sample may change
 # Groups and fields that a resumed run may change as well: they bear on what is recorded, not on what is learnt, or on
@@ -114,9 +120,25 @@ def may_change(field: str) -> bool:
     return field in FREE_FIELDS or group in FREE_FIELDS or recipe_field in FREE_RECIPE_FIELDS
 
 
+@contextlib.contextmanager
+def alone(folder: pathlib.Path) -> Iterator[None]:
+    """In a folder, which is made, of all processes of this machine that ask for it; others wait."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if fcntl is None:
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
 def write_json(path: pathlib.Path, value: Any) -> None:
     """Write JSON so that a reader sees the old file or the whole new one."""
-    partial = path.with_name(path.name + ".partial")
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     partial.write_text(json.dumps(value, indent=2) + "\n")
     partial.replace(path)
 

@@ -221,16 +221,16 @@ def tfds_images(data: Any, split: str) -> EncodedImages:
     return EncodedImages(where, len(examples), wanted, digest, source.read, source.name, share=len(wanted) / len(names))
 
 
-def read_class_file(path: pathlib.Path, known: Sequence[str]) -> list[str]:
+def read_class_file(path: pathlib.Path, known: Sequence[str] | None = None) -> list[str]:
     """Names in a file with one to a line (what follows a space is a comment), sorted.
 
-    Raises: ConfigError when there is no such file, or a name in it is not among `known`, or comes twice.
+    Raises: ConfigError when there is no such file, or a name in it is not among `known`, if given, or comes twice.
     """
     if not path.is_file():
         raise ConfigError(f"data.classes = {str(path)!r}: there is no such file; expected is a class name to a line")
     names = [line.split()[0] for line in path.read_text().splitlines() if line.strip()]
     for number, name in enumerate(names):
-        if name not in known:
+        if known is not None and name not in known:
             some = ", ".join(list(known)[:5])
             raise ConfigError(f"data.classes: {path} names {name!r}, which is no class of the data set ({some}, ...)")
         if name in names[:number]:

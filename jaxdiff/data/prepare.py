@@ -97,6 +97,7 @@ def image_plan(images: Mapping[str, EncodedImages], size: int, max_rejected: flo
         return {
             "source": {split: source.where for split, source in images.items()},
             "classes": class_names,
+            "chosen": images["train"].share < 1,
             "images": {split: c.total() for split, c in counts.items()},
             "per_class": {split: [c[str(k)] for k in range(len(class_names))] for split, c in counts.items()},
             "rejected": len(rejected),

@@ -12,7 +12,7 @@ from jaxtyping import Bool, Int, UInt8
 from PIL import Image
 
 from jaxdiff.data.decode import center_crop
-from jaxdiff.data.encoded import EncodedImages, class_folder, tfds_images
+from jaxdiff.data.encoded import EncodedImages, class_folder, read_class_file, tfds_images
 from jaxdiff.data.records import MANIFEST, ArrayTable, Manifest, RecordTable, Table, fits_in_memory, read_manifest
 from jaxdiff.errors import ConfigError
 from jaxdiff.mesh import say
@@ -194,10 +194,16 @@ def prepared_root(data: Any) -> pathlib.Path:
 
 
 def prepared(data: Any, split: str, root: pathlib.Path, manifest: Manifest) -> ImageSource:
-    """A split of prepared records; ConfigError when they are of another size."""
+    """A split of prepared records; ConfigError when they are of another size, or of other classes than chosen."""
     size = manifest["settings"]["image_size"]
     if size != data.image_size:
         raise ConfigError(f"data.image_size = {data.image_size}: {root} was prepared at {size}")
+    chosen = read_class_file(pathlib.Path(data.classes)) if data.classes else []
+    if sorted(manifest["classes"]) != chosen if chosen else manifest.get("chosen", False):
+        raise ConfigError(
+            f"data.classes = {data.classes!r}: {root} was prepared with other ones, {len(manifest['classes'])} in all; "
+            "give the file that it was prepared with, or another --config.data.prepared"
+        )
     if split not in manifest["shards"]:
         raise ConfigError(f"data.prepared: {root} has no {split} images")
     columns = {"image": ((size, size, 3), np.uint8), "label": ((), np.int32)}

@@ -16,7 +16,7 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from tensorflow_datasets.core.example_serializer import ExampleSerializer
 from tqdm import tqdm
 
-from jaxdiff.config.files import write_json
+from jaxdiff.config.files import alone, write_json
 from jaxdiff.data.records import MANIFEST, Manifest, check_settings, read_manifest
 from jaxdiff.errors import ConfigError
 
@@ -63,14 +63,28 @@ def write_records(root: pathlib.Path, plan: Plan, *, threads: int, what: str) ->
     """Write a plan's rows to `root`, a TFDS data set in ArrayRecord format, and its manifest last of all.
 
     An interrupted call leaves no manifest, and shards that the next call with the same plan need not write again.
-    Where the records are there already, nothing is written. A progress bar begins with `what`.
+    Where the records are there already nothing is written; where another process writes them it is waited for. A
+    progress bar begins with `what`.
     Raises: ConfigError when `root` holds records of other settings or something else, or cannot be written.
     """
-    manifest = read_manifest(root)
+    try:
+        with alone(root):
+            return _write_records(root, plan, threads, what)
+    except OSError as error:
+        raise _unwritable(root, error) from error
+
+
+def _unwritable(root: pathlib.Path, error: Exception) -> ConfigError:
+    reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return ConfigError(f"{root}: cannot be written ({reason}); started again, it goes on from there")
+
+
+def _write_records(root: pathlib.Path, plan: Plan, threads: int, what: str) -> Manifest:
+    manifest = read_manifest(root)  # that of another process, too, which was waited for
     if manifest is not None:
         check_settings(root, manifest, plan.settings)
         return manifest
-    if root.exists() and any(root.iterdir()) and not (root / "partial").exists():
+    if any(root.iterdir()) and not _begun(root):
         raise ConfigError(f"{root}: exists and holds something else; name another folder")
     try:
         partial = _open_partial(root, plan)
@@ -83,10 +97,16 @@ def write_records(root: pathlib.Path, plan: Plan, *, threads: int, what: str) ->
             builder.download_and_prepare(download_dir=str(partial / "downloads"))
         write_json(root / MANIFEST, builder.manifest)
     except (OSError, RuntimeError) as error:  # ArrayRecord's writer raises the latter
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        raise ConfigError(f"{root}: cannot be written ({reason}); started again, it goes on from there") from error
+        raise _unwritable(root, error) from error
     shutil.rmtree(partial)
     return builder.manifest
+
+
+def _begun(root: pathlib.Path) -> bool:
+    """Whether the folder holds what an earlier call left: its plan, or the folder for it."""
+    partial = root / "partial"
+    names = {path.name for path in partial.iterdir()} if partial.is_dir() else None
+    return names is not None and ("plan.json" in names or all(name.startswith("plan.json.") for name in names))
 
 
 def pending_shards(root: pathlib.Path, plan: Plan) -> list[Shard]:

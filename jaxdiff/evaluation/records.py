@@ -26,14 +26,16 @@ def read_scores(workdir: pathlib.Path) -> dict[str, Any]:
 
 def write_validation(workdir: pathlib.Path, validation: dict[str, float], images: int) -> None:
     """Put down the validation metrics and, as "val_images", of how many images they are; the records stay."""
-    files.write_json(workdir / FILE, {**read_scores(workdir), "validation": {**validation, "val_images": images}})
+    with files.alone(workdir):
+        files.write_json(workdir / FILE, {**read_scores(workdir), "validation": {**validation, "val_images": images}})
 
 
 def add_record(workdir: pathlib.Path, record: Record) -> None:
     """Put down a record, in the place of one with the same protocol if there is such."""
-    content = read_scores(workdir)
-    others = [r for r in content["records"] if not is_of(r, record["protocol"])]
-    files.write_json(workdir / FILE, {**content, "records": [*others, record]})
+    with files.alone(workdir):
+        content = read_scores(workdir)
+        others = [r for r in content["records"] if not is_of(r, record["protocol"])]
+        files.write_json(workdir / FILE, {**content, "records": [*others, record]})
 
 
 def is_of(record: Record, protocol: dict[str, Any]) -> bool:

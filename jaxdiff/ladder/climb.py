@@ -32,8 +32,10 @@ WHY = {
 
 
 def run_ladder(config: ConfigDict, workdir: pathlib.Path) -> None:
-    """Climb the ladder of `config` (checked) in `workdir`; started again, it goes on. Raises: Stopped on SIGTERM or
-    SIGINT, with the state saved."""
+    """Climb the ladder of `config` (checked) in `workdir`; started again, it goes on.
+
+    Raises: Stopped on SIGTERM or SIGINT with the state saved, Interrupted where nothing is trained.
+    """
     mesh = meshes.make_mesh()
     names = rung_names(config)
     say(f"{config.name} in {config.minutes:g} minutes on {mesh.size} x {mesh.devices.flat[0].device_kind}: {names}")
@@ -135,7 +137,7 @@ class _Timed:
 
 
 class _Interruptible:
-    """Makes SIGTERM and SIGINT a Stopped also where nothing is trained; training itself notes them first, and saves."""
+    """Makes SIGTERM and SIGINT an Interrupted where nothing is trained; training itself notes them first, and saves."""
 
     def __enter__(self) -> None:
         numbers = (signal.SIGTERM, signal.SIGINT) if jax.process_count() == 1 else ()

@@ -115,7 +115,7 @@ class Checkpoints:
             self._orbax.save,
             step,
             args=ocp.args.Composite(**items, meta=ocp.args.JsonSave(meta)),
-            metrics={MONITOR: min(val_loss, 1e30)},
+            metrics={MONITOR: val_loss if val_loss < 1e30 else 1e30},  # not NaN, which Orbax takes for the best
         )
         if alone:  # what Orbax does with a thousand arrays before it writes takes seconds
             self._saving = self._thread.submit(save)

@@ -3,6 +3,7 @@
 import contextlib
 import pathlib
 import signal
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -52,6 +53,15 @@ class StopSignal:
     def __exit__(self, *error: Any) -> None:
         for number, old in self._old.items():
             signal.signal(number, old)
+
+
+def until_stopped(batches: Iterator[Any], stop: StopSignal) -> Iterator[Any]:
+    """The batches; no more of them where they fail after a signal, which processes that read may have died of."""
+    try:
+        yield from batches
+    except Exception:
+        if not stop.signum:
+            raise
 
 
 class Result(NamedTuple):
@@ -158,7 +168,8 @@ def fit(
     pending: tuple[int, dict[str, Any]] | None = None
     least = None
     with StopSignal() as stop, contextlib.closing(checkpoints):  # it waits for what is being saved, come what may
-        for done, batch in enumerate(batches, start + 1):
+        done = start
+        for done, batch in enumerate(until_stopped(batches, stop), start + 1):
             if compiling:  # waited for ahead of the first step, so that no step's time has it in it
                 compiled, seconds = compiling.result()
                 what = "the step of an earlier start found" if compiling.found else "step compiled"
@@ -202,6 +213,10 @@ def fit(
                 raise Stopped(done, total, stop.signum or (0 if done == stop_at else signal.SIGTERM))
         if pending:
             read(*pending)
+        if done < total:
+            save(done)
+            logger.close()
+            raise Stopped(done, total, stop.signum)
     logger.close()
     if stop.signum:  # while the last step was saved, or its samples drawn
         raise Stopped(total, total, stop.signum)

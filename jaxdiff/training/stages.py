@@ -153,7 +153,7 @@ def encode_data(
         autoencoder=params_hash(meshes.to_host(params)),
         shape=(side, side, model.latent_channels),
         mirrored=config.data.flip,
-        batch_size=config.autoencoder.train.batch_size,
+        batch_size=-(-config.autoencoder.train.batch_size // mesh.size) * mesh.size,  # it may be of another machine
     )
     chosen = config.autoencoder.latents
     root = pathlib.Path(chosen) if chosen else latent_root(folder, sources, encoding.mirrored)
@@ -213,11 +213,11 @@ def _finish(
     frames = generator.denoising(params, settings, shown)
     say(f"{_table(result.validation)}  (ema weights)")
     if meshes.is_main():
-        write_validation(workdir, result.validation, len(val))
         named = labels if config.model.conditional else None
         sheet = save_samples(workdir / "samples" / "final", np.asarray(samples), named, settings)
         np.savez(workdir / "samples" / "denoising.npz", labels=shown, **frames)  # type: ignore[arg-type]
         save_real(workdir / "samples" / "real.npz", train)
+        write_validation(workdir, result.validation, len(val))  # last: a ladder takes it for the end
         say(f"sample grid: {sheet}")
     scores = dict(result.validation)
     if config.eval.scores:

@@ -1,11 +1,14 @@
 """--mode=prepare: the same pixels as without it, nothing lost, and nothing that only looks complete."""
 
+import concurrent.futures
+import hashlib
 import json
 import os
 import signal
 import struct
 import subprocess
 import sys
+import time
 import types
 
 import numpy as np
@@ -123,6 +126,29 @@ def test_a_folder_of_something_else_is_left_alone(folder, tmp_path):
     with pytest.raises(ConfigError, match="holds something else"):
         prepare(data_config(folder, prepared=str(tmp_path / "home")))
     assert [p.name for p in (tmp_path / "home").iterdir()] == ["thesis.tex"]
+    (tmp_path / "home" / "partial").mkdir()  # as ours is called
+    (tmp_path / "home" / "partial" / "thesis.tex").write_text("...")
+    with pytest.raises(ConfigError, match="holds something else"):
+        prepare(data_config(folder, prepared=str(tmp_path / "home")))
+    assert len(list((tmp_path / "home").rglob("thesis.tex"))) == 2
+
+
+def test_two_at_once_write_once(folder, monkeypatch):
+    """The second waits, and finds what the first wrote."""
+    written, write_shard = [], writing.Records._write_shard
+
+    def slow(self, shard):
+        written.append(shard)
+        time.sleep(0.2)
+        return write_shard(self, shard)
+
+    monkeypatch.setattr(writing.Records, "_write_shard", slow)
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        (root, first), (_, second) = pool.map(prepare, [data_config(folder)] * 2)
+    assert first == second and len(written) == len(set(written))
+    text = (root / "manifest.json").read_text()
+    files = list(root.rglob("*.array_record*"))
+    assert len(files) == len(written) and all(hashlib.sha256(f.read_bytes()).hexdigest() in text for f in files)
 
 
 def spoil(folder):
@@ -295,6 +321,11 @@ def test_tfds_data_set_with_some_of_its_classes(tmp_path):
     assert manifest["classes"] == ["goose", "robin"] and manifest["images"] == {"train": 26, "val": 4}
     batch = everything(load_source(data, "train"))
     assert (batch["image"][:, 8, 8, 0] == np.array([120, 60])[batch["label"]]).all()
+    (tmp_path / "others.txt").write_text("heron\nrobin\n")
+    for classes in ("", str(tmp_path / "others.txt")):
+        data.classes = classes
+        with pytest.raises(ConfigError, match="data.classes = .* was prepared with other ones, 2 in all"):
+            load_source(data, "train")
 
 
 def test_sources_that_need_no_preparing(tmp_path):

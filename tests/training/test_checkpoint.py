@@ -40,6 +40,11 @@ def test_the_last_few_and_the_best_are_kept(tmp_path):
     assert checkpoints.steps == [20, 40, 50] and checkpoints.latest == 50
 
 
+def test_a_loss_that_is_no_number_is_not_the_best(tmp_path):
+    save_all(tmp_path, {10: 0.5, 20: 0.4, 30: np.nan, 40: np.nan, 50: 0.9, 60: np.inf})
+    assert Checkpoints(tmp_path).steps == [20, 50, 60]
+
+
 def test_everything_comes_back(tmp_path):
     save_all(tmp_path, {10: 1.0})
     state = state_at(10)

@@ -11,8 +11,10 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from jaxdiff.errors import ConfigError, Stopped
-from jaxdiff.training import loop, step
+from jaxdiff.data import train_batches
+from jaxdiff.errors import ConfigError, Interrupted, Stopped
+from jaxdiff.evaluation.records import read_scores
+from jaxdiff.training import loop, stages, step
 from jaxdiff.training.checkpoint import STATE_ITEMS, Checkpoints
 from jaxdiff.training.stages import run_train
 from jaxdiff.training.step import formats
@@ -181,3 +183,49 @@ def test_kernels_that_lie_as_on_a_gpu(tiny, tmp_path, whole, monkeypatch):
     (_, mine, _), (_, reference, _) = leaves(workdir), leaves(whole)
     for name, value in reference.items():
         np.testing.assert_allclose(mine[name], value, rtol=1e-5, atol=1e-5 * np.abs(value).max(), err_msg=name)
+
+
+def test_readers_that_die_of_a_signal_end_the_batches_and_of_nothing_else_do_not():
+    """A signal to all processes of a job reaches those that read as well."""
+
+    def batches():
+        yield 1
+        yield 2
+        raise RuntimeError("Worker process was terminated unexpectedly")
+
+    stop = loop.StopSignal()
+    with pytest.raises(RuntimeError, match="terminated"):
+        list(loop.until_stopped(batches(), stop))
+    stop.signum = signal.SIGTERM
+    assert list(loop.until_stopped(batches(), stop)) == [1, 2]
+
+
+def test_a_run_whose_readers_die_of_its_signal_is_saved(tiny, tmp_path, monkeypatch):
+    def dying(*args, **kwargs):
+        for k, batch in enumerate(train_batches(*args, **kwargs)):
+            if k == 3:
+                os.kill(os.getpid(), signal.SIGTERM)
+                raise RuntimeError("Worker process was terminated unexpectedly")
+            yield batch
+
+    monkeypatch.setattr(loop, "train_batches", dying)
+    config = config_of(tiny)
+    with pytest.raises(Stopped, match="stopped and saved at step [0-3] of 20") as stopped:
+        run_train(config, tmp_path / "run")
+    assert stopped.value.signum == signal.SIGTERM and Checkpoints(tmp_path / "run").latest in range(4)
+
+
+def test_validation_is_put_down_when_all_else_is(tiny, tmp_path, monkeypatch):
+    """A ladder takes it for the end of a training."""
+
+    def stopped(*args):
+        raise Interrupted(signal.SIGTERM)
+
+    config = config_of(tiny)
+    config.update(steps=2, checkpoint_every=2)
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        patch.setattr(stages, "save_real", stopped)
+        run_train(config, tmp_path / "run")
+    assert not read_scores(tmp_path / "run")["validation"]
+    run_train(config, tmp_path / "run")
+    assert read_scores(tmp_path / "run")["validation"] and (tmp_path / "run" / "samples" / "real.npz").exists()
