@@ -47,7 +47,9 @@ def parse(argv: list[str]) -> list[str]:
         name, _, hint = str(inner.args[0] if isinstance(inner, KeyError) else inner).partition("\n")
         raise ConfigError(f"--config has no field {name}. {hint} All fields: jaxdiff/config/fields.py") from None
     except (flags.Error, KeyError, TypeError, ValueError, OSError) as error:
-        raise ConfigError(" ".join(str(error).split())) from None
+        text = " ".join(str(error).split())
+        _, ours, message = text.rpartition("jaxdiff.errors.ConfigError: ")  # what a config file raised
+        raise ConfigError(message if ours else text) from None
 
 
 def run(argv: list[str]) -> None:
@@ -62,7 +64,9 @@ def run(argv: list[str]) -> None:
     for flag, mode, also in (("from", "import", ()), ("to", "export", ("report",))):
         given = args[flag].value is not None
         if given != (args.mode == mode) and not (given and args.mode in also):
-            raise ConfigError(f"--{flag}={args[flag].value or ''}: must be given with --mode={mode}, and only there")
+            where = " or ".join([f"--mode={mode}", *(f"--mode={other}" for other in also)])
+            what = f"must be given with {where}, and only there" if given else f"must be given with --mode={mode}"
+            raise ConfigError(f"--{flag}={args[flag].value or ''}: {what}")
     if args.workdir and len(args.workdir) > 1 and args.mode != "report":
         raise ConfigError(f"--workdir={args.workdir[1]}: only --mode=report takes several")
     if args.format and args.mode != "export":
@@ -105,6 +109,11 @@ def main() -> None:
         app.run(run, flags_parser=parse)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:  # while nothing is being trained: there is nothing to save
         print("interrupted", file=sys.stderr)

@@ -77,6 +77,11 @@ def fails(*arguments, cwd):
         (["--config.eval.scores=('fid',)"], ["config.eval.scores = 'fid'", "fd"]),
         (["--mode=import"], ["--from", "must be given with --mode=import"]),
         (["--to=x"], ["--to=x", "only there"]),
+        (
+            [f"--config={ROOT}/configs/ddpm.py:imagenet"],
+            ["error: --config=...:imagenet: the data set must be one of digits"],
+        ),
+        ([f"--workdir={ROOT}/pyproject.toml/run"], ["pyproject.toml/run: Not a directory"]),
         (["--format=diffusers"], ["--format=diffusers", "export only"]),
         (["--mode=import", "--from=none", f"--config={ROOT}/configs/vae.py"], ["none", "config.json"]),
     ],

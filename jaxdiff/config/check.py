@@ -24,6 +24,7 @@ EXPERIMENTS = ("ldm", "ddpm", "vae")
 
 def validate(config: ConfigDict, num_devices: int) -> None:
     """ConfigError with one line that names the first field whose value is impossible or contradicts another."""
+    _validate_numbers(config)
     one_of(config, "experiment", EXPERIMENTS)
     one_of(config, "dtype", ("auto", "float32", "bfloat16"))
     validate_data(config)
@@ -49,6 +50,20 @@ def validate(config: ConfigDict, num_devices: int) -> None:
         for field in ("images", "steps", "nll"):
             value = config.eval[field]
             require(not value, f"eval.{field}", value, "left out, but for --mode=evaluate")
+
+
+def _validate_numbers(config: ConfigDict, prefix: str = "") -> None:
+    """No number is infinite, or larger than what holds it; tuples are of numbers, but for those of names."""
+    for name, value in config.items():
+        field = prefix + name
+        if isinstance(value, ConfigDict):
+            _validate_numbers(value, f"{field}.")
+        elif name not in ("scores", "classes", "guidance", "ema_decays", "ema_sigma_rel"):
+            several = isinstance(value, tuple | list)
+            for number in value if several else [value]:
+                require(not several or type(number) in (int, float), field, value, "of numbers")
+                require(not isinstance(number, float) or not math.isinf(number), field, value, "finite")
+                require(not isinstance(number, int) or abs(number) < 2**63, field, value, "below 2^63")
 
 
 def check_overrides(config: ConfigDict, overrides: Collection[str]) -> None:

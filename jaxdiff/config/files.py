@@ -143,6 +143,30 @@ def write_json(path: pathlib.Path, value: Any) -> None:
     partial.replace(path)
 
 
+@contextlib.contextmanager
+def training_in(workdir: pathlib.Path) -> Iterator[None]:
+    """Alone in training there, of all processes of this machine. Raises: ConfigError where another one is at it."""
+    handle = os.open(workdir / "starts.jsonl", os.O_RDONLY | os.O_CREAT, 0o644)  # which is never replaced
+    try:
+        if fcntl is not None:
+            with contextlib.suppress(OSError):  # a file system without locks
+                try:
+                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    raise ConfigError(f"--workdir={workdir}: another process is training there") from None
+        yield
+    finally:
+        os.close(handle)
+
+
+def read_json(path: pathlib.Path) -> Any:
+    """What `write_json` wrote. Raises: ConfigError where the file is damaged."""
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:  # not JSON, or not UTF-8
+        raise ConfigError(f"{path}: is damaged ({error}); put it in order, or elsewhere") from None
+
+
 def save(config: ConfigDict, path: pathlib.Path) -> None:
     """Write a config as JSON."""
     write_json(path, config.to_dict())
@@ -150,7 +174,7 @@ def save(config: ConfigDict, path: pathlib.Path) -> None:
 
 def load(path: pathlib.Path) -> ConfigDict:
     """Read what `save` wrote, in this version or an earlier one."""
-    config = ConfigDict(_tuples(json.loads(path.read_text())))
+    config = ConfigDict(_tuples(read_json(path)))
     recipes = [config.get(name, {}) for name in ("ddpm", "ldm")] if config.get("experiment") == "ladder" else [config]
     for name, value in ADDED_FIELDS.items():
         *parts, field = name.split(".")

@@ -13,6 +13,7 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader
 from jaxtyping import Int
 
+from jaxdiff.config.files import read_json
 from jaxdiff.errors import ConfigError
 
 Rows = dict[str, np.ndarray]
@@ -141,7 +142,7 @@ def read_manifest(root: pathlib.Path) -> Manifest | None:
     path = root / MANIFEST
     if not path.exists():
         return None
-    manifest = json.loads(path.read_text())
+    manifest = read_json(path)
     for shards in manifest["shards"].values():
         for shard in shards:
             file = root / manifest["folder"] / shard["file"]

@@ -1,6 +1,5 @@
 """scores.json: the validation metrics of a workdir, and a record of every scoring with all that makes its numbers."""
 
-import json
 import pathlib
 import re
 from collections.abc import Mapping
@@ -18,7 +17,7 @@ COMPANION = re.compile(r"(.+?)_(low|high|std|real)(_.+)?")
 def read_scores(workdir: pathlib.Path) -> dict[str, Any]:
     """{"validation": {name: value}, "records": [record, ...]}; what earlier versions wrote is all validation."""
     path = workdir / FILE
-    content = json.loads(path.read_text()) if path.exists() else {}
+    content = files.read_json(path) if path.exists() else {}
     if content and "records" not in content:
         content = {"validation": content}
     return {"validation": {}, "records": [], **content}

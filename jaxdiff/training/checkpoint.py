@@ -3,6 +3,7 @@
 import functools
 import math
 import pathlib
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -15,7 +16,8 @@ from orbax.checkpoint import checkpoint_managers as policies
 from jaxdiff.errors import ConfigError
 from jaxdiff.training.step import TrainState
 
-MONITOR = "val_loss"
+MONITOR = "val_loss"  # also in a checkpoint's meta, for whoever goes on
+NO_LOSS = 1e30
 # What the parts of a state are called in a checkpoint.
 STATE_ITEMS = {
     "params": "params",
@@ -61,6 +63,20 @@ def on_host(tree: Any) -> Any:
     return jax.tree.map(np.asarray, jax.block_until_ready(jax.device_put(tree, jax.tree.map(pinned, tree))))
 
 
+class LastAndBest(policies.PreservationPolicy):
+    """Keeps the last `last` checkpoints, and the one of the lowest of the `losses` by step, if any has one."""
+
+    def __init__(self, last: int, losses: dict[int, float]) -> None:
+        self._last, self._losses = last, losses
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        """Of each, in the order of their steps."""
+        steps = [checkpoint.step for checkpoint in checkpoints]
+        losses = sorted((self._losses.get(step, NO_LOSS), -step) for step in steps)
+        kept = {-step for loss, step in losses[:1] if loss < NO_LOSS} | set(steps[-self._last :])
+        return [step in kept for step in steps]
+
+
 class Checkpoints:
     """The folder `workdir/checkpoints`, an Orbax CheckpointManager.
 
@@ -71,10 +87,8 @@ class Checkpoints:
     """
 
     def __init__(self, workdir: pathlib.Path, keep: int | None = None) -> None:
-        policy = None
-        if keep is not None:
-            best = policies.BestN(get_metric_fn=lambda m: m[MONITOR], reverse=True, n=1)
-            policy = policies.AnyPreservationPolicy([policies.LatestN(keep), best])
+        self._losses: dict[int, float] = {}
+        policy = None if keep is None else LastAndBest(keep, self._losses)
         self.folder = (workdir / "checkpoints").resolve()
         writing = keep is not None
         options = ocp.CheckpointManagerOptions(
@@ -84,6 +98,8 @@ class Checkpoints:
         self._orbax = ocp.CheckpointManager(self.folder, options=options, item_names=names)
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._saving: Future[Any] | None = None
+        if writing:  # what an earlier process saved
+            self._losses |= {step: self._read_meta(step).get(MONITOR, NO_LOSS) for step in self.steps}
 
     @property
     def _manager(self) -> ocp.CheckpointManager:
@@ -111,12 +127,9 @@ class Checkpoints:
         items = state_items(state)
         alone = jax.process_count() == 1
         items = {name: ocp.args.StandardSave(x) for name, x in (on_host if alone else in_order)(items).items()}
-        save = functools.partial(
-            self._orbax.save,
-            step,
-            args=ocp.args.Composite(**items, meta=ocp.args.JsonSave(meta)),
-            metrics={MONITOR: val_loss if val_loss < 1e30 else 1e30},  # not NaN, which Orbax takes for the best
-        )
+        self._losses[step] = val_loss if val_loss < NO_LOSS else NO_LOSS  # it may be no number
+        meta = {**meta, MONITOR: self._losses[step]}
+        save = functools.partial(self._orbax.save, step, args=ocp.args.Composite(**items, meta=ocp.args.JsonSave(meta)))
         if alone:  # what Orbax does with a thousand arrays before it writes takes seconds
             self._saving = self._thread.submit(save)
         else:
@@ -132,7 +145,7 @@ class Checkpoints:
         got = self._manager.restore(step, args=items)
         at = jax.device_put(jax.numpy.asarray(step, jax.numpy.int32), abstract.step.sharding)
         parts = {STATE_ITEMS[name]: got[name] for name in state_items(abstract)}
-        return abstract._replace(step=at, **parts), got.meta
+        return abstract._replace(step=at, **parts), _without_loss(got.meta)
 
     def restore_params(self, abstract: Any, step: int | None, weights: str) -> Any:
         """Only the parameters, `weights` "ema", "raw" or the name of another average, of a step (None = newest)."""
@@ -149,8 +162,10 @@ class Checkpoints:
 
     def meta(self, step: int | None = None) -> dict[str, Any]:
         """The meta of a step (None = newest)."""
-        args = ocp.args.Composite(meta=ocp.args.JsonRestore())
-        return self._manager.restore(self.pick(step), args=args).meta
+        return _without_loss(self._read_meta(self.pick(step)))
+
+    def _read_meta(self, step: int) -> dict[str, Any]:
+        return self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
 
     def pick(self, step: int | None) -> int:
         """`step`, or the newest where it is None; ConfigError naming the steps there are when there is none such."""
@@ -172,3 +187,7 @@ class Checkpoints:
         """Finish writing and release the folder."""
         self._manager.close()
         self._thread.shutdown()
+
+
+def _without_loss(meta: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in meta.items() if name != MONITOR}

@@ -1,7 +1,9 @@
 """--mode=train: the stages of an experiment one after the other, each skipped where it is finished."""
 
+import contextlib
 import functools
 import pathlib
+import shlex
 import time
 from typing import Any
 
@@ -48,24 +50,39 @@ def run_train(config: ConfigDict, workdir: pathlib.Path, *, stop_at: int | None 
     train, val = load_source(config.data, "train"), load_source(config.data, "val")
     say(f"{len(train):,} training and {len(val):,} validation images in {len(train.class_names)} classes")
     _check(config, workdir, train)
-    if meshes.is_main():  # not before the data were found and all is checked: a mistake leaves nothing behind
-        files.claim_workdir(config, workdir)
-        record_start(workdir, mesh)
-    meshes.barrier("workdir")
-    if config.experiment == "vae":
-        scores = _train_autoencoder(config, workdir, train, val, mesh, stop_at)
-    else:
-        experiment, generator = diffusion_stage(config, workdir, train, val, mesh)
-        judge = Judge(config.eval, train, val, mesh)
+    judge = None if config.experiment == "vae" else Judge(config.eval, train, val, mesh)
+    if judge:
         judge.check(config.eval.num or config.sample.num)
-        scorer = Scorer(config, workdir, generator, judge, train.class_names)
-        if config.eval.every:
-            settings = with_fields(config.sample, num=config.eval.every_num)
-            experiment = experiment._replace(score=lambda params: scorer.scalars(params, settings))
-        result = fit(experiment, config, workdir, mesh, stop_at=stop_at)
-        scores = _finish(config, workdir, generator, scorer, result, train, val)
+    with contextlib.ExitStack() as held:
+        if meshes.is_main():  # not before the data were found and all is checked: a mistake leaves nothing behind
+            files.claim_workdir(config, workdir)
+            held.enter_context(files.training_in(workdir))
+            record_start(workdir, mesh)
+        meshes.barrier("workdir")
+        scores = _run_stages(config, workdir, train, val, mesh, judge, stop_at)
     say(f"{time.monotonic() - begin:.0f} s in all; checkpoints: {workdir / 'checkpoints'}")
     return scores
+
+
+def _run_stages(
+    config: ConfigDict,
+    workdir: pathlib.Path,
+    train: Source,
+    val: Source,
+    mesh: Mesh,
+    judge: Judge | None,
+    stop_at: int | None,
+) -> dict[str, float]:
+    """All trainings, and what comes of the last one; the autoencoder's alone without a judge."""
+    if judge is None:
+        return _train_autoencoder(config, workdir, train, val, mesh, stop_at)
+    experiment, generator = diffusion_stage(config, workdir, train, val, mesh)
+    scorer = Scorer(config, workdir, generator, judge, train.class_names)
+    if config.eval.every:
+        settings = with_fields(config.sample, num=config.eval.every_num)
+        experiment = experiment._replace(score=lambda params: scorer.scalars(params, settings))
+    result = fit(experiment, config, workdir, mesh, stop_at=stop_at)
+    return _finish(config, workdir, generator, scorer, result, train, val)
 
 
 def _check(config: ConfigDict, workdir: pathlib.Path, train: Source) -> None:
@@ -225,7 +242,8 @@ def _finish(
         step = int(result.state.step)
         scores |= scorer(params, with_fields(settings, num=num), step, drawn)["scores"]
     change = "guidance=3.0" if config.diffusion.label_dropout else "seed=1"
-    say(f"more samples: python -m jaxdiff.main --mode=sample --workdir={workdir} --config.sample.{change}")
+    where = shlex.quote(f"--workdir={workdir}")
+    say(f"more samples: python -m jaxdiff.main --mode=sample {where} --config.sample.{change}")
     return scores
 
 

@@ -344,3 +344,23 @@ def test_what_is_no_workdir_is_left_alone(tmp_path: pathlib.Path, kind):
     with pytest.raises(ConfigError, match="exists and is not a jaxdiff workdir"):
         files.claim_workdir(config_of("ldm"), tmp_path / "x")
     assert precious.read_text() == "years of work" and len(list(tmp_path.rglob("*"))) == (1 if kind == "file" else 2)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "words"),
+    [
+        ("lr", float("inf"), "config.lr = inf: must be finite"),
+        ("epochs", float("inf"), "config.epochs = inf: must be finite"),
+        ("diffusion.noise_shift", float("inf"), "noise_shift = inf: must be finite"),
+        ("seed", 2**70, "config.seed = .*: must be below 2"),
+        ("adam_betas", ("a", "b"), "adam_betas = .*: must be of numbers"),
+        ("model.channel_mult", ("a", 1), "model.channel_mult = .*: must be of numbers"),
+        ("model.attention_resolutions", ([1],), "attention_resolutions = .*: must be of numbers"),
+        ("sample.sigmas", ("a", "b", "c"), "sample.sigmas = .*: must be of numbers"),
+    ],
+)
+def test_numbers_are_numbers_and_finite(field, value, words):
+    config = ddpm.get_config("digits")
+    config.update_from_flattened_dict({field: value})
+    with pytest.raises(ConfigError, match=words):
+        check.validate(config, 1)

@@ -40,6 +40,15 @@ def test_the_last_few_and_the_best_are_kept(tmp_path):
     assert checkpoints.steps == [20, 40, 50] and checkpoints.latest == 50
 
 
+def test_whoever_goes_on_keeps_as_many(tmp_path):
+    save_all(tmp_path, {10: 3.0, 20: 1.0, 30: 2.0, 40: 2.5})
+    save_all(tmp_path, {50: np.inf, 60: 2.0})
+    assert Checkpoints(tmp_path).steps == [20, 50, 60]
+    save_all(tmp_path, {70: 0.5, 80: np.inf})
+    save_all(tmp_path, {90: 0.7, 100: 0.8})
+    assert Checkpoints(tmp_path).steps == [70, 90, 100]
+
+
 def test_a_loss_that_is_no_number_is_not_the_best(tmp_path):
     save_all(tmp_path, {10: 0.5, 20: 0.4, 30: np.nan, 40: np.nan, 50: 0.9, 60: np.inf})
     assert Checkpoints(tmp_path).steps == [20, 50, 60]

@@ -11,6 +11,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
+from jaxdiff.config import files
 from jaxdiff.data import train_batches
 from jaxdiff.errors import ConfigError, Interrupted, Stopped
 from jaxdiff.evaluation.records import read_scores
@@ -229,3 +230,22 @@ def test_validation_is_put_down_when_all_else_is(tiny, tmp_path, monkeypatch):
     assert not read_scores(tmp_path / "run")["validation"]
     run_train(config, tmp_path / "run")
     assert read_scores(tmp_path / "run")["validation"] and (tmp_path / "run" / "samples" / "real.npz").exists()
+
+
+def test_two_trainings_do_not_meet_in_a_workdir(tiny, tmp_path):
+    config = config_of(tiny)
+    workdir = tmp_path / "run"
+    files.claim_workdir(config, workdir)
+    with files.training_in(workdir), pytest.raises(ConfigError, match=r"--workdir=.*run: another process is training"):
+        run_train(config, workdir)
+    assert not (workdir / "checkpoints").exists()
+    with files.training_in(workdir):  # free again
+        pass
+
+
+def test_scores_that_cannot_be_had_are_an_error_before_all_else(tiny, tmp_path):
+    config = config_of(tiny)
+    config.eval.update(scores=("is",), splits=400, num=400)
+    with pytest.raises(ConfigError, match="at least 400 images for the score 'is'; these are 297"):
+        run_train(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
