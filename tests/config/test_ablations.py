@@ -13,15 +13,6 @@ BASES = {"ldm_cfg": ldm_cfg, "ddpm": ddpm}
 @pytest.mark.parametrize("dataset", ["digits", "cifar10", "imagenet100"])
 @pytest.mark.parametrize("experiment", BASES)
 @pytest.mark.parametrize("name", ablations.ABLATIONS)
-def test_edm_is_for_the_deviation_of_the_data():
-    """Latents are whitened to 1, twice what EDM was published for: their signal-to-noise ratios are the same."""
-    pixels, latents = (ablations.get_config(f"edm,{name},digits") for name in ("ddpm", "ldm_cfg"))
-    assert (pixels.diffusion.sigma_data, latents.diffusion.sigma_data, latents.diffusion.scaling_factor) == (0.5, 1, 0)
-    mean, std = latents.diffusion.time_normal
-    assert np.exp(mean) == pytest.approx(2 * np.exp(-1.2)) and std == 1.2
-    assert tuple(latents.sample.sigmas) == (2 * pixels.sample.sigmas[0], 2 * pixels.sample.sigmas[1], 7.0)
-
-
 def test_changes_what_it_names_only(name, experiment, dataset):
     if name == "global_attention" and experiment == "ldm_cfg" and dataset != "imagenet100":
         with pytest.raises(ConfigError, match="has attention at all its resolutions: .* higher one than (4|8)"):
@@ -54,3 +45,12 @@ def test_unknown_choices(choice, words):
 def test_a_choice_may_be_short():
     assert ablations.get_config("flow").name == "ldm-digits-flow"
     assert ablations.get_config("flow,ddpm").name == "ddpm-digits-flow"
+
+
+def test_edm_is_for_the_deviation_of_the_data():
+    """Latents are whitened to 1, twice what EDM was published for: their signal-to-noise ratios are the same."""
+    pixels, latents = (ablations.get_config(f"edm,{name},digits") for name in ("ddpm", "ldm_cfg"))
+    assert (pixels.diffusion.sigma_data, latents.diffusion.sigma_data, latents.diffusion.scaling_factor) == (0.5, 1, 0)
+    mean, std = latents.diffusion.time_normal
+    assert np.exp(mean) == pytest.approx(2 * np.exp(-1.2)) and std == 1.2
+    assert tuple(latents.sample.sigmas) == (2 * pixels.sample.sigmas[0], 2 * pixels.sample.sigmas[1], 7.0)
