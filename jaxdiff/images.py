@@ -1,7 +1,7 @@
 """Pixels: between uint8 and [-1, 1], grids, and image files."""
 
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import jax.numpy as jnp
 import numpy as np
@@ -91,10 +91,13 @@ def save_png(path: pathlib.Path, image: UInt8[np.ndarray, "h w 3"]) -> pathlib.P
     return path
 
 
-def fresh_path(path: pathlib.Path) -> pathlib.Path:
-    """`path`, or its first numbered variant (-2, -3, ...) that does not exist yet: nothing is overwritten."""
+def fresh_path(path: pathlib.Path, beside: Sequence[str] = ()) -> pathlib.Path:
+    """`path`, or its first numbered variant (-2, -3, ...) that does not exist yet: nothing is overwritten.
+
+    Nor does any of its name with the endings `beside` in the place of its own.
+    """
     stem, number = path.stem, 1
-    while path.exists():
+    while any(path.with_name(path.stem + ending).exists() for ending in (path.suffix, *beside)):
         number += 1
         path = path.with_name(f"{stem}-{number}{path.suffix}")
     return path

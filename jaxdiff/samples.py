@@ -74,10 +74,7 @@ def save_samples(
 
     Names that are taken get a number, so that nothing is overwritten. Returns the path of the grid.
     """
-    taken, stem, number = (".png", ".json", ".npz", ""), path.name, 1
-    while any(path.with_name(stem + end).exists() for end in taken):
-        stem, number = f"{path.name}-{number + 1}", number + 1
-    sheet = path.with_name(stem + ".png")
+    sheet = images.fresh_path(path.with_name(path.name + ".png"), (".json", ".npz", ""))
     images.save_png(sheet, images.grid(samples, columns(np.zeros(len(samples)) if labels is None else labels)))
     base = sheet.with_suffix("")
     files.write_json(base.with_name(base.name + ".json"), settings.to_dict())

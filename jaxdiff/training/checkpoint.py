@@ -1,5 +1,6 @@
 """Checkpoints of a workdir: written while training goes on, the best and the last few kept."""
 
+import contextlib
 import functools
 import math
 import pathlib
@@ -64,7 +65,8 @@ def on_host(tree: Any) -> Any:
 
 
 class LastAndBest(policies.PreservationPolicy):
-    """Keeps the last `last` checkpoints, and the one of the lowest of the `losses` by step, if any has one."""
+    """Keeps the last `last` checkpoints, the one of the lowest of the `losses` by step, if any has one, and all that
+    are not in these: of an earlier version, or damaged, any may be the best."""
 
     def __init__(self, last: int, losses: dict[int, float]) -> None:
         self._last, self._losses = last, losses
@@ -72,9 +74,9 @@ class LastAndBest(policies.PreservationPolicy):
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
         """Of each, in the order of their steps."""
         steps = [checkpoint.step for checkpoint in checkpoints]
-        losses = sorted((self._losses.get(step, NO_LOSS), -step) for step in steps)
+        losses = sorted((self._losses[step], -step) for step in steps if step in self._losses)
         kept = {-step for loss, step in losses[:1] if loss < NO_LOSS} | set(steps[-self._last :])
-        return [step in kept for step in steps]
+        return [step in kept or step not in self._losses for step in steps]
 
 
 class Checkpoints:
@@ -98,8 +100,9 @@ class Checkpoints:
         self._orbax = ocp.CheckpointManager(self.folder, options=options, item_names=names)
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._saving: Future[Any] | None = None
-        if writing:  # what an earlier process saved
-            self._losses |= {step: self._read_meta(step).get(MONITOR, NO_LOSS) for step in self.steps}
+        for step in self.steps if writing else ():  # what an earlier process saved
+            with contextlib.suppress(OSError, ValueError, KeyError):  # damaged, or of an earlier version
+                self._losses[step] = self._read_meta(step)[MONITOR]
 
     @property
     def _manager(self) -> ocp.CheckpointManager:

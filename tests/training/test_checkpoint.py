@@ -11,6 +11,7 @@ from jax.experimental.layout import Format, Layout
 
 from jaxdiff import mesh as meshes
 from jaxdiff.errors import ConfigError
+from jaxdiff.training import checkpoint
 from jaxdiff.training.checkpoint import Checkpoints, in_order
 from jaxdiff.training.optimizer import make_optimizer
 from jaxdiff.training.step import TrainState
@@ -47,6 +48,17 @@ def test_whoever_goes_on_keeps_as_many(tmp_path):
     save_all(tmp_path, {70: 0.5, 80: np.inf})
     save_all(tmp_path, {90: 0.7, 100: 0.8})
     assert Checkpoints(tmp_path).steps == [70, 90, 100]
+
+
+def test_what_an_earlier_version_saved_or_is_damaged_is_kept(tmp_path, monkeypatch):
+    """Any of these may be the best."""
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "MONITOR", "other")
+        save_all(tmp_path, {10: 1.0, 20: 2.0, 30: 3.0})
+    (damaged,) = (tmp_path / "checkpoints" / "20" / "meta").glob("*metadata")
+    damaged.write_text("{")
+    save_all(tmp_path, {40: 2.0, 50: np.inf, 60: np.inf, 70: np.inf})
+    assert Checkpoints(tmp_path).steps == [10, 20, 30, 40, 60, 70]
 
 
 def test_a_loss_that_is_no_number_is_not_the_best(tmp_path):
