@@ -1,5 +1,7 @@
 """What ends a run in one line."""
 
+from collections.abc import Sequence
+
 
 class ConfigError(ValueError):
     """Something the user can mend; the message is one line naming the field, its value, and what is allowed."""
@@ -19,3 +21,8 @@ class Interrupted(BaseException):
     def __init__(self, signum: int) -> None:
         super().__init__("stopped; what is finished is kept, the same command goes on from there")
         self.signum = signum
+
+
+def shortened(names: Sequence[str], most: int = 5) -> str:
+    """The first of the names, for a message."""
+    return ", ".join([*names[:most], *(["..."] if len(names) > most else [])])

@@ -67,6 +67,13 @@ def run(argv: list[str]) -> None:
             where = " or ".join([f"--mode={mode}", *(f"--mode={other}" for other in also)])
             what = f"must be given with {where}, and only there" if given else f"must be given with --mode={mode}"
             raise ConfigError(f"--{flag}={args[flag].value or ''}: {what}")
+    overrides = config_flags.get_override_values(args["config"])
+    if overrides and args.mode == "report":
+        raise ConfigError(f"--config.{next(iter(overrides))}: must be left out with --mode=report, which reads runs")
+    if args.workdir and args.mode == "prepare":
+        raise ConfigError(
+            f"--workdir={args.workdir[0]}: not with --mode=prepare; --config.data.prepared names its folder"
+        )
     if args.workdir and len(args.workdir) > 1 and args.mode != "report":
         raise ConfigError(f"--workdir={args.workdir[1]}: only --mode=report takes several")
     if args.format and args.mode != "export":
@@ -82,7 +89,6 @@ def run(argv: list[str]) -> None:
     workdirs = [pathlib.Path(folder) for folder in args.workdir or [f"runs/{args.config.name}"]]
     workdir = workdirs[0]
     named = args.config.name if args["config"].present else None
-    overrides = config_flags.get_override_values(args["config"])
     if args.mode == "train":
         startup.train(args.config, workdir, overrides)
     elif args.mode == "ladder":

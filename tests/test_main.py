@@ -82,6 +82,8 @@ def fails(*arguments, cwd):
             ["error: --config=...:imagenet", "must be one of digits"],
         ),
         ([f"--workdir={ROOT}/pyproject.toml/run"], ["pyproject.toml/run: Not a directory"]),
+        (["--mode=report", "--config.lr=1.0"], ["--config.lr", "left out with --mode=report"]),
+        (["--mode=prepare", "--workdir=run"], ["--workdir=run", "--mode=prepare", "--config.data.prepared"]),
         (["--format=diffusers"], ["--format=diffusers", "export only"]),
         (["--mode=import", "--from=none", f"--config={ROOT}/configs/vae.py"], ["none", "config.json"]),
     ],

@@ -66,6 +66,9 @@ def _validate_loss(config: ConfigDict) -> None:
     require(d.prediction in known, "diffusion.weighting", d.weighting, allowed)
     allowed = f"simple with diffusion.loss = {d.loss!r}, which has weights of its own"
     require(d.weighting == "simple" or not bound, "diffusion.weighting", d.weighting, allowed)
+    allowed = f"simple with diffusion.zero_terminal_snr: where sampling begins {d.weighting} weighs nothing"
+    fits = not d.zero_terminal_snr or d.weighting not in ("min_snr", "p2")
+    require(fits, "diffusion.weighting", d.weighting, allowed)
     at_least(config, 0, "diffusion.weighting_gamma")
     used = not d.weighting_gamma or d.weighting in ("min_snr", "p2")
     allowed = f"0 with diffusion.weighting = {d.weighting!r}"

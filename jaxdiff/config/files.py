@@ -227,7 +227,8 @@ def check_workdir(config: ConfigDict, workdir: pathlib.Path, may_change: Callabl
             folders = [autoencoder_folder(whose, workdir).resolve() for whose in (before, config)]
             if folders[0] == folders[1]:
                 old["autoencoder.path"] = new["autoencoder.path"]
-        for field in sorted({*old, *new}):
+        # What other fields follow from comes first.
+        for field in sorted({*old, *new}, key=lambda name: (name != "experiment", not name.startswith("data."), name)):
             if not may_change(field) and old.get(field) != new.get(field):
                 raise ConfigError(
                     f"config.{field} = {new.get(field)!r}: {workdir} was made with {old.get(field)!r}; "

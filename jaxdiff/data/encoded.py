@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Int, UInt8
 
 from jaxdiff.data.decode import Unreadable, decode_into
-from jaxdiff.errors import ConfigError
+from jaxdiff.errors import ConfigError, shortened
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 UNWANTED = -1  # label of an image whose class was not asked for
@@ -231,8 +231,8 @@ def read_class_file(path: pathlib.Path, known: Sequence[str] | None = None) -> l
     names = [line.split()[0] for line in path.read_text().splitlines() if line.strip()]
     for number, name in enumerate(names):
         if known is not None and name not in known:
-            some = ", ".join(list(known)[:5])
-            raise ConfigError(f"data.classes: {path} names {name!r}, which is no class of the data set ({some}, ...)")
+            some = shortened(known)
+            raise ConfigError(f"data.classes: {path} names {name!r}, which is no class of the data set ({some})")
         if name in names[:number]:
             raise ConfigError(f"data.classes: {path} names {name!r} twice")
     if not names:

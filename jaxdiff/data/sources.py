@@ -13,6 +13,7 @@ from PIL import Image
 
 from jaxdiff.data.decode import center_crop
 from jaxdiff.data.encoded import EncodedImages, class_folder, read_class_file, tfds_images
+from jaxdiff.data.npz import read_npz
 from jaxdiff.data.records import MANIFEST, ArrayTable, Manifest, RecordTable, Table, fits_in_memory, read_manifest
 from jaxdiff.errors import ConfigError
 from jaxdiff.mesh import say
@@ -96,28 +97,15 @@ def npz(data: Any, split: str) -> ImageSource:
     path = pathlib.Path(data.path)
     if not path.is_file():
         raise ConfigError(f"data.path = {str(path)!r}: there is no such file; expected is an .npz of uint8 images")
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
-    except (OSError, ValueError, EOFError, KeyError) as error:
-        raise ConfigError(f"data.path: {path} cannot be read as an .npz ({error})") from None
-    except Exception as error:  # zipfile's and zlib's own
-        raise ConfigError(f"data.path: {path} is damaged ({type(error).__name__}: {error})") from None
-
-    def get(*names: str) -> np.ndarray | None:
-        return next((arrays[name] for name in names if name in arrays), None)
-
-    images, labels, names = get("images", "arr_0"), get("labels", "arr_1"), get("class_names")
-    if images is None or images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or len(images) < 2:
-        found = ", ".join(f"{name} {a.dtype} {list(a.shape)}" for name, a in arrays.items())
-        raise ConfigError(f"data.path: {path} must hold uint8 images [N, H, W, 3] as images or arr_0; it has {found}")
+    images, labels, names = read_npz(path, "data.path")
+    if len(images) < 2:
+        raise ConfigError(f"data.path: {path} must hold two images or more, of which one is held out; it has 1")
     if labels is None:
         labels = np.zeros(len(images), np.int32)
-    count = int(labels.max(initial=0)) + 1 if names is None else len(names)
-    whole = np.issubdtype(labels.dtype, np.integer) and labels.shape == images.shape[:1]
-    if not whole or labels.min() < 0 or labels.max() >= count:
+    count = int(labels.max()) + 1 if names is None else len(names)
+    if labels.min() < 0 or labels.max() >= count:
         raise ConfigError(f"data.path: labels in {path} must be {len(images)} integers in 0..{count - 1}")
-    class_names = [str(name) for name in (range(count) if names is None else names)]
+    class_names = names or [str(k) for k in range(count)]
     rows = _held_out(len(images), split)
     size = data.image_size
     if images.shape[1:3] == (size, size):

@@ -2,12 +2,12 @@
 
 import concurrent.futures
 import pathlib
-from typing import Any
 
 import numpy as np
 from jaxtyping import Int, UInt8
 from PIL import Image, UnidentifiedImageError
 
+from jaxdiff.data.npz import read_npz
 from jaxdiff.errors import ConfigError
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
@@ -25,18 +25,7 @@ def read_images(path: pathlib.Path, field: str) -> tuple[UInt8[np.ndarray, "n h 
         return _folder(path, field), None
     if not path.is_file():
         raise ConfigError(f"{field} = {str(path)!r}: must be a folder of images or an .npz file")
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays: dict[str, Any] = {name: file[name] for name in file.files}
-    except Exception as error:  # zipfile's and zlib's own among them
-        raise ConfigError(f"{field}: {path} cannot be read as an .npz ({error})") from None
-    images = arrays.get("arr_0", arrays.get("images"))
-    labels = arrays.get("arr_1", arrays.get("labels"))
-    if images is None or images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
-        found = ", ".join(f"{name} {a.dtype} {list(a.shape)}" for name, a in arrays.items())
-        raise ConfigError(f"{field}: {path} must hold uint8 images [N, H, W, 3] as arr_0 or images; it has {found}")
-    if labels is not None and (labels.shape != images.shape[:1] or not np.issubdtype(labels.dtype, np.integer)):
-        raise ConfigError(f"{field}: labels in {path} must be {len(images)} integers, not {list(labels.shape)}")
+    images, labels, _ = read_npz(path, field)
     return images, labels
 
 

@@ -49,11 +49,17 @@ class Judge:
         spatial = "sfd" in self._names
         return ImageSet(source, self.extractor, self.mesh, name, spatial=spatial, cached=cached)
 
-    def check(self, num: int, field: str = "eval.num") -> None:
-        """ConfigError where `num` images, or those that they are compared with, are fewer than a score needs."""
+    def check(self, num: int, given: str = "") -> None:
+        """ConfigError where `num` images, or those that they are compared with, are fewer than a score needs.
+
+        Args: given, the file or folder that they are from, where they are not to be drawn.
+        """
         for name in self._names:
             least = FEATURE_SCORES[name].least(self.settings)
-            require(num >= least, field, num, f"at least {least} for the score {name!r}")
+            if given:
+                allowed = f"at least {least} images for the score {name!r}; these are {num}"
+                require(num >= least, "eval.images", given, allowed)
+            require(num >= least, "eval.num", num, f"at least {least} for the score {name!r}")
             split = self.settings.reference
             there = len(self._real[split])
             allowed = f"a set of at least {least} images for the score {name!r}; these are {there}"
@@ -71,8 +77,8 @@ class Judge:
         Raises: ConfigError for too few images, for labels that a score needs and that there are not, or for features
         that are not finite.
         """
-        given = protocol.get("images", "samples") != "samples"
-        self.check(len(images), "eval.images" if given else "eval.num")
+        given = protocol.get("images", "samples")
+        self.check(len(images), "" if given == "samples" else given)
         source = array_source(images, np.zeros(len(images), np.int32) if labels is None else labels, ())
         self.judged = None
         if self._names or self.settings.neighbours:

@@ -16,7 +16,7 @@ from jaxdiff import images
 from jaxdiff import mesh as meshes
 from jaxdiff.build import compute_dtype
 from jaxdiff.data import device_batches, eval_batches, train_batches
-from jaxdiff.errors import ConfigError, Stopped
+from jaxdiff.errors import ConfigError, Stopped, shortened
 from jaxdiff.keys import named_key
 from jaxdiff.mesh import say
 from jaxdiff.training import averages
@@ -228,8 +228,8 @@ def check_data(experiment: Experiment, meta: dict[str, Any]) -> None:
     names, count = list(experiment.train.class_names), len(experiment.train)
     if names != meta["class_names"] or count != meta["data"]["images"]:
         raise ConfigError(
-            f"config.data: these are {count:,} images in classes {', '.join(names[:5])}, ...; the run was begun with "
-            f"{meta['data']['images']:,} in {', '.join(meta['class_names'][:5])}, ...; give that, or another --workdir"
+            f"config.data: these are {count:,} images in classes {shortened(names)}; the run was begun with "
+            f"{meta['data']['images']:,} in {shortened(meta['class_names'])}; give that, or another --workdir"
         )
 
 

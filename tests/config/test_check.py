@@ -306,6 +306,8 @@ def test_whose_a_workdir_is(tmp_path):
         with pytest.raises(ConfigError, match=rf"config.{field} = {value!r}: .* was made with"):
             files.claim_workdir(other, tmp_path / "run")
         assert files.load(tmp_path / "run" / "config.json") == config
+    with pytest.raises(ConfigError, match="config.experiment = 'ddpm': .* was made with 'ldm'"):
+        files.claim_workdir(config_of("ddpm"), tmp_path / "run")
 
 
 def test_a_workdir_of_an_earlier_version(tmp_path):

@@ -27,6 +27,7 @@ LEARNED = {"model.learned_variance": True, "diffusion.loss": "hybrid"}
     ("possible", "change", "words"),
     [
         (ZERO, {"diffusion.prediction": "eps"}, "prediction = 'eps': .* with diffusion.zero_terminal_snr"),
+        (ZERO, {"diffusion.weighting": "p2"}, "weighting = 'p2': must be simple with diffusion.zero_terminal_snr"),
         (ZERO, {"sample.spacing": "leading"}, "spacing = 'leading': .*trailing.* with diffusion.zero_terminal_snr"),
         (LEARNED, {"diffusion.loss": "mse"}, "loss = 'mse': must be hybrid or vlb with model.learned_variance = True"),
         (LEARNED, {"diffusion.weighting": "min_snr"}, "weighting = 'min_snr': .*simple with diffusion.loss = 'hybrid'"),

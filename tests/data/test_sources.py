@@ -144,6 +144,8 @@ def test_npz_that_are_none(tmp_path):
     assert "cannot be read" in refused(data)
     np.savez(path, noise().astype(np.float32))
     assert "arr_0 float32 [40, 16, 16, 3]" in refused(data)
+    np.savez(path, noise(1))
+    assert "two images or more" in refused(data)
     np.savez(path, noise(), np.arange(39))
     assert "40 integers" in refused(data)
     np.savez(path, images=noise(), labels=np.arange(40), class_names=["a"])

@@ -49,6 +49,11 @@ def test_what_holds_no_such_images_is_one_line(tmp_path):
     fails(tmp_path / "broken", "a.png cannot be read")
     (tmp_path / "text.npz").write_text("no archive")
     fails(tmp_path / "text.npz", "cannot be read as an .npz")
+    with (tmp_path / "single.npz").open("wb") as file:
+        np.save(file, IMAGES)
+    fails(tmp_path / "single.npz", "cannot be read as an .npz .*an .npy")
+    np.savez(tmp_path / "none.npz", arr_0=IMAGES[:0])
+    fails(tmp_path / "none.npz", r"arr_0 uint8 \[0, 6, 7, 3\]")
     np.savez(tmp_path / "float.npz", arr_0=IMAGES.astype(np.float32))
     fails(tmp_path / "float.npz", r"uint8 images .*arr_0 float32 \[5, 6, 7, 3\]")
     np.savez(tmp_path / "labels.npz", arr_0=IMAGES, arr_1=np.arange(4))

@@ -166,5 +166,5 @@ def test_the_picture_of_nearest_training_images_finds_copies(data, cache):
 
 
 def test_too_few_of_ones_own_images_name_their_field(data, cache):
-    with pytest.raises(ConfigError, match="config.eval.images = 1: must be at least 2"):
+    with pytest.raises(ConfigError, match=r"config.eval.images = 'x.npz': must be at least 2 images .*; these are 1"):
         judge_of(data, scores=("fd",))(data[0].batch(np.arange(1))["image"], None, {"images": "x.npz"}, Stopwatch())
