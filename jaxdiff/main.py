@@ -81,8 +81,9 @@ def run(argv: list[str]) -> None:
     if (args.config.experiment == "ladder") != (args.mode == "ladder") and args.mode != "report":
         only = "configs/ladder.py is for --mode=ladder" if args.mode != "ladder" else "needs --config=configs/ladder.py"
         raise ConfigError(f"--mode={args.mode} with --config={args.config.name}: {only}")
-    # The libraries' running commentary; XLA's while it tries out GPU kernels cannot be turned off later.
-    logging.set_verbosity(logging.ERROR)
+    # The libraries' running commentary, to which Orbax adds the traceback of each thread of whatever it raises as well;
+    # XLA's while it tries out GPU kernels cannot be turned off later.
+    logging.set_verbosity(logging.FATAL)
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     from jaxdiff import startup  # imports JAX, which --help and a misspelt flag need not wait for
 

@@ -3,9 +3,12 @@
 import contextlib
 import functools
 import math
+import os
 import pathlib
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from textwrap import shorten
 from typing import Any
 
 import jax
@@ -108,8 +111,34 @@ class Checkpoints:
     def _manager(self) -> ocp.CheckpointManager:
         """Orbax's, which has what was saved; what went wrong in that is raised here."""
         if self._saving:
-            self._saving.result()
+            with self._writing():
+                self._saving.result()
         return self._orbax
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """ConfigError of what goes wrong in saving, a full disk as a rule."""
+        try:
+            yield
+        except ConfigError:  # said before
+            raise
+        except Exception as error:  # Orbax and TensorStore raise all sorts of things
+            raise ConfigError(
+                f"{self.folder}: a checkpoint cannot be written ({_told(error)}); the same command goes on from the "
+                "last one that could"
+            ) from error
+
+    @contextlib.contextmanager
+    def _reading(self, step: int) -> Iterator[None]:
+        """ConfigError of what goes wrong in restoring, a damaged file as a rule."""
+        try:
+            yield
+        except Exception as error:  # likewise
+            others = [other for other in self.steps if other != step]
+            then = f"step {others[-1]} is the newest" if others else "training begins anew"
+            raise ConfigError(
+                f"{self.folder / str(step)}: cannot be read ({_told(error)}); with that folder moved away, {then}"
+            ) from error
 
     @property
     def latest(self) -> int | None:
@@ -132,11 +161,17 @@ class Checkpoints:
         items = {name: ocp.args.StandardSave(x) for name, x in (on_host if alone else in_order)(items).items()}
         self._losses[step] = val_loss if val_loss < NO_LOSS else NO_LOSS  # it may be no number
         meta = {**meta, MONITOR: self._losses[step]}
-        save = functools.partial(self._orbax.save, step, args=ocp.args.Composite(**items, meta=ocp.args.JsonSave(meta)))
+        args = ocp.args.Composite(**items, meta=ocp.args.JsonSave(meta))
         if alone:  # what Orbax does with a thousand arrays before it writes takes seconds
+
+            def save() -> None:
+                self._orbax.save(step, args=args)
+                self._orbax.wait_until_finished()  # which raises, once, what went wrong in writing
+
             self._saving = self._thread.submit(save)
         else:
-            save()
+            with self._writing():
+                self._orbax.save(step, args=args)
 
     def restore(self, abstract: TrainState) -> tuple[TrainState, dict[str, Any]]:
         """Newest state, in the shapes and shardings of `abstract`, and its meta."""
@@ -145,27 +180,32 @@ class Checkpoints:
         items = ocp.args.Composite(
             **{name: tree(part) for name, part in state_items(abstract).items()}, meta=ocp.args.JsonRestore()
         )
-        got = self._manager.restore(step, args=items)
+        with self._reading(step):
+            got = self._manager.restore(step, args=items)
         at = jax.device_put(jax.numpy.asarray(step, jax.numpy.int32), abstract.step.sharding)
         parts = {STATE_ITEMS[name]: got[name] for name in state_items(abstract)}
         return abstract._replace(step=at, **parts), _without_loss(got.meta)
 
     def restore_params(self, abstract: Any, step: int | None, weights: str) -> Any:
         """Only the parameters, `weights` "ema", "raw" or the name of another average, of a step (None = newest)."""
+        step = self.pick(step)
         if weights not in ("ema", "raw"):
             tree = {weights: abstract}
             only = ocp.args.PyTreeRestore(
                 tree, restore_args=ocp.checkpoint_utils.construct_restore_args(tree), partial_restore=True
             )
-            with ocp.PyTreeCheckpointer() as reader:  # the manager reads items whole
-                return reader.restore(self.folder / str(self.pick(step)) / "averages", args=only)[weights]
+            with self._reading(step), ocp.PyTreeCheckpointer() as reader:  # the manager reads items whole
+                return reader.restore(self.folder / str(step) / "averages", args=only)[weights]
         item = "ema" if weights == "ema" else "params"
         args = ocp.args.Composite(**{item: ocp.args.StandardRestore(abstract)})
-        return self._manager.restore(self.pick(step), args=args)[item]
+        with self._reading(step):
+            return self._manager.restore(step, args=args)[item]
 
     def meta(self, step: int | None = None) -> dict[str, Any]:
         """The meta of a step (None = newest)."""
-        return _without_loss(self._read_meta(self.pick(step)))
+        step = self.pick(step)
+        with self._reading(step):
+            return _without_loss(self._read_meta(step))
 
     def _read_meta(self, step: int) -> dict[str, Any]:
         return self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
@@ -184,12 +224,24 @@ class Checkpoints:
 
     def wait(self) -> None:
         """Until everything is written."""
-        self._manager.wait_until_finished()
+        with self._writing():
+            self._manager.wait_until_finished()
 
     def close(self) -> None:
         """Finish writing and release the folder."""
-        self._manager.close()
-        self._thread.shutdown()
+        try:
+            with self._writing():
+                self._manager.close()
+        finally:
+            self._thread.shutdown()
+
+
+def _told(error: Exception) -> str:
+    """What an error says, on one line and not too long."""
+    text = str(error.__cause__ or error) or type(error).__name__
+    if number := re.search(r"os_error_code='(\d+)'", text):  # at the end of what TensorStore says
+        return os.strerror(int(number[1]))
+    return shorten(text, 200, placeholder=" ...")
 
 
 def _without_loss(meta: dict[str, Any]) -> dict[str, Any]:

@@ -66,6 +66,44 @@ def test_a_loss_that_is_no_number_is_not_the_best(tmp_path):
     assert Checkpoints(tmp_path).steps == [20, 50, 60]
 
 
+@pytest.mark.parametrize("item", ["params", "meta"])
+def test_a_damaged_checkpoint_is_one_line_that_says_what_is_left(tmp_path, item):
+    save_all(tmp_path, {10: 1.0, 20: 2.0})
+    for file in (tmp_path / "checkpoints" / "20" / item).rglob("*"):
+        if file.is_file():
+            file.write_bytes(file.read_bytes()[:20])
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    state = abstract(state_at(0))
+    reads = [lambda: checkpoints.restore(state)]
+    reads += [lambda: checkpoints.meta()] if item == "meta" else []
+    reads += [lambda: checkpoints.restore_params(state.params, None, "raw")] if item == "params" else []
+    for read in reads:
+        with pytest.raises(ConfigError, match="checkpoints/20: cannot be read .*moved away, step 10 is") as error:
+            read()
+        assert "\n" not in str(error.value)
+    checkpoints.close()
+
+
+def test_a_checkpoint_that_cannot_be_written_is_one_line(tmp_path):
+    """As on a full disk; nothing half written counts, and whoever begins again is not in its way."""
+    resource = pytest.importorskip("resource")
+    noise = np.random.default_rng(0).normal(size=50_000).astype(np.float32)  # which does not compress
+    state = state_at(10)._replace(params=meshes.put_replicated({"w": noise}, meshes.make_mesh()))
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+    try:
+        checkpoints.save(state, {}, 1.0)
+        for finish in (checkpoints.wait, checkpoints.close):
+            with pytest.raises(ConfigError, match="checkpoints: a checkpoint cannot be written .File too large.; "):
+                finish()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert Checkpoints(tmp_path).latest is None
+    save_all(tmp_path, {10: 1.0})
+    assert Checkpoints(tmp_path).steps == [10]
+
+
 def test_everything_comes_back(tmp_path):
     save_all(tmp_path, {10: 1.0})
     state = state_at(10)
@@ -157,7 +195,7 @@ def test_what_goes_wrong_while_saving_is_raised(tmp_path, monkeypatch):
     monkeypatch.setattr(ocp.CheckpointManager, "save", fail)
     checkpoints.save(state_at(10), {}, 1.0)
     for use in (checkpoints.wait, lambda: checkpoints.save(state_at(20), {}, 1.0), checkpoints.close):
-        with pytest.raises(OSError, match="No space left"):
+        with pytest.raises(ConfigError, match="No space left"):
             use()
 
 
