@@ -105,11 +105,10 @@ def class_folder(data: Any, split: str) -> EncodedImages:
         files = []
         with os.scandir(root / split / name) as entries:
             for entry in entries:
-                suffix = os.path.splitext(entry.name)[1].lower()
-                if suffix in IMAGE_SUFFIXES and not entry.name.startswith("."):
+                if _is_image(entry.name):
                     files.append(entry)
                 else:
-                    ignored[suffix or entry.name] += 1
+                    ignored[os.path.splitext(entry.name)[1].lower() or entry.name] += 1
         if not files and split == "train":
             raise ConfigError(
                 f"data.path: no {', '.join(IMAGE_SUFFIXES)} files in {root / split / name}; remove it, or add some"
@@ -127,6 +126,16 @@ def class_folder(data: Any, split: str) -> EncodedImages:
     return EncodedImages(
         str(root / split), len(paths), names, digest.hexdigest(), source.read, source.name, dict(ignored)
     )
+
+
+def _is_image(name: str) -> bool:
+    return os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES and not name.startswith(".")
+
+
+def count_files(root: pathlib.Path, splits: Sequence[str]) -> int:
+    """The images in class folders, by their names alone."""
+    folders = [folder for split in splits for folder in (root / split).glob("*/")]
+    return sum(_is_image(name) for folder in folders if not folder.name.startswith(".") for name in os.listdir(folder))
 
 
 def _class_folders(root: pathlib.Path, split: str) -> list[str]:

@@ -12,7 +12,7 @@ from jaxtyping import Bool, Int, UInt8
 from PIL import Image
 
 from jaxdiff.data.decode import center_crop
-from jaxdiff.data.encoded import EncodedImages, class_folder, read_class_file, tfds_images
+from jaxdiff.data.encoded import EncodedImages, class_folder, count_files, read_class_file, tfds_images
 from jaxdiff.data.npz import read_npz
 from jaxdiff.data.records import MANIFEST, ArrayTable, Manifest, RecordTable, Table, fits_in_memory, read_manifest
 from jaxdiff.errors import ConfigError
@@ -123,7 +123,20 @@ def _held_out(count: int, split: str) -> Int[np.ndarray, " rows"]:
 
 def folder(data: Any, split: str) -> Source:
     """Class folders `path/{train,val}/<class>/*.{jpg,jpeg,png,webp}`; classes are the sorted names under train."""
+    if split == "train":
+        _say_what_came(pathlib.Path(data.path), prepared_root(data))
     return _prepared_or_encoded(data, split, class_folder)
+
+
+def _say_what_came(path: pathlib.Path, root: pathlib.Path) -> None:
+    """Say so where `path` has more or fewer images now than when the records in `root` were made of it."""
+    manifest = read_manifest(root)
+    if manifest is None or root == path or not (path / "train").is_dir():
+        return
+    were, are = sum(manifest["images"].values()) + manifest["rejected"], count_files(path, list(manifest["images"]))
+    if are != were:
+        now = f"it has {are:,} now; to use these, remove {root} and run --mode=prepare"
+        say(f"{root} has the {were:,} images that {path} had when it was prepared; {now}")
 
 
 def tfds(data: Any, split: str) -> Source:

@@ -120,6 +120,18 @@ def test_what_changed_is_refused_and_left_alone(folder):
     assert {path: path.read_bytes() for path in root.rglob("*") if path.is_file()} == before
 
 
+def test_images_that_came_later_are_noticed(folder, capsys):
+    data = data_config(folder)
+    prepare(data)
+    load_source(data, "train")
+    (folder / "train" / "goose" / "notes.txt").write_text("no image")
+    load_source(data, "train")
+    assert "images that" not in capsys.readouterr().out
+    (folder / "train" / "goose" / "later.jpg").write_bytes((folder / "train" / "goose" / "000.jpg").read_bytes())
+    assert len(load_source(data, "train")) == 240
+    assert "birds-16px has the 260 images that " in (said := capsys.readouterr().out) and "it has 261 now" in said
+
+
 def test_a_folder_of_something_else_is_left_alone(folder, tmp_path):
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "thesis.tex").write_text("...")
