@@ -7,14 +7,20 @@
 Ours by each of `config.model.remat`, diffusers' by gradient checkpointing in the place of "blocks". Memory of ours is
 what XLA plans for the step (arguments, which are the state, and temporary), of diffusers' the most that PyTorch's
 allocator had. With --largest the memory of two batches is drawn out to that of the device, and the largest batch found
-that way is trained on. Works and their parameters: benchmarks.train_step.
+that way is trained on. Each side has a process of its own. Ours takes the card's memory at the start, 95 % of it: what
+is taken piece by piece does not become one large piece again. Works and their parameters: benchmarks.train_step.
 """
 
 import argparse
 import functools
 import gc
+import json
 import os
+import pathlib
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -95,12 +101,17 @@ def extrapolate(steps: dict[int, Step], limit: float) -> int:
     return max(0, int((limit - totals[0]) / each + small)) // 8 * 8
 
 
-def measure(args: argparse.Namespace, name: str, work: Work) -> dict[str, Any]:
+def measure(args: argparse.Namespace, argv: Sequence[str], name: str, work: Work) -> dict[str, Any]:
     """The figures of a work, whose table is printed."""
     modes = {"eager": "", "compiled": args.compile_mode}
+    sides = harness.choose_sides(args.sides)
+    if len(sides) > 1:
+        record = join([one_side(argv, name, side) for side in sides])
+        show(name, record)
+        return record
     batches = [int(b) for b in args.batches.split(",")] if args.batches else [args.batch or work.batch]
     record: dict[str, Any] = {"parameters": work.count, "capacity": capacity(), "steps": []}
-    for side in reversed(harness.choose_sides(args.sides)):  # ours last: JAX gives nothing back to the driver
+    for side in sides:
         one = measure_ours if side == "ours" else functools.partial(measure_theirs, modes[side])
         for remat in args.remat.split(","):
             if side != "ours" and remat == "dots":
@@ -127,9 +138,31 @@ def measure(args: argparse.Namespace, name: str, work: Work) -> dict[str, Any]:
                     if batch in done or batch < 8 or attempt(batch):
                         break
                     batch = batch * 15 // 16 // 8 * 8
-    print(f"\n{name}, training, memory of the device {record['capacity'] / GIB:.1f} GiB\n")
-    print(harness.markdown(COLUMNS, [row(entry) for entry in record["steps"]]))
+    show(name, record)
     return record
+
+
+def one_side(argv: Sequence[str], name: str, side: str) -> dict[str, Any]:
+    """What `measure` returns of one side, in a process of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = pathlib.Path(folder) / "one.json"
+        flags = [f"--work={name}", f"--sides={side}", f"--out={file}"]  # the last ones count
+        done = subprocess.run([sys.executable, "-m", "benchmarks.memory", *argv, *flags])
+        if done.returncode:
+            return {"steps": [{"side": side, "remat": "", "batch": "", "failed": f"exit status {done.returncode}"}]}
+        return json.loads(file.read_text())["works"][name]
+
+
+def join(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The figures of several sides as those of one work."""
+    steps = [step for record in records for step in record["steps"]]
+    return {**{key: value for record in records for key, value in record.items()}, "steps": steps}
+
+
+def show(name: str, record: dict[str, Any]) -> None:
+    """Print the table."""
+    print(f"\n{name}, training, memory of the device {record.get('capacity', 0) / GIB:.1f} GiB\n")
+    print(harness.markdown(COLUMNS, [row(entry) for entry in record["steps"]]))
 
 
 def row(entry: dict[str, Any]) -> list[str]:
@@ -153,7 +186,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if unknown := set(args.remat.split(",")) - set(REMAT):
         parser.error(f"--remat: {', '.join(sorted(unknown))}: must be of {', '.join(REMAT)}")
-    harness.each_work("memory", argv, args, functools.partial(measure, args))
+    if args.sides == "ours":
+        os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "true"  # JAX's own, before anything asks for the devices
+    harness.each_work("memory", argv, args, functools.partial(measure, args, sys.argv[1:] if argv is None else argv))
 
 
 if __name__ == "__main__":

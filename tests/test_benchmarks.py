@@ -74,6 +74,20 @@ def test_largest_batch_by_a_straight_line():
     assert memory.extrapolate(steps, 50.0) == 0
 
 
+def test_memory_of_several_sides(monkeypatch, capsys, tmp_path):
+    def one_side(argv, name, side):
+        step = {"side": side, "remat": "none", "batch": 8, "state": 2**30, "temporary": 2**31}
+        step |= {"seconds": 0.5, "first_seconds": 1.0} if side == "ours" else {"failed": "no memory"}
+        return {"parameters": 5, "capacity": 2**36, "steps": [step]}
+
+    monkeypatch.setattr(harness, "choose_sides", lambda asked: asked.split(","))
+    monkeypatch.setattr(memory, "one_side", one_side)
+    memory.main(["--work=tiny", "--sides=ours,eager", f"--out={tmp_path / 'm.json'}"])
+    ours, eager = capsys.readouterr().out.split("memory of the device 64.0 GiB")[1].splitlines()[4:6]
+    assert "| 1.00 | 2.00 | 500.0 | 16.0 | 1 |" in ours and "failed: no memory" in eager
+    assert len(json.loads((tmp_path / "m.json").read_text())["works"]["tiny"]["steps"]) == 2
+
+
 def test_memory_finds_the_largest_batch(monkeypatch, capsys):
     def measure(work, config):
         if config.batch_size > 70:
