@@ -13,6 +13,7 @@ from jaxdiff.data import array_source
 from jaxdiff.data.latents import Encoding, Whitening, encode_sources, latent_root, params_hash, whitening_of_sums
 from jaxdiff.errors import ConfigError
 from jaxdiff.models import Posterior
+from jaxdiff.training import stages
 
 N = 171  # no multiple of the batch, nor of the rows of a shard
 
@@ -154,3 +155,15 @@ def test_one_device_and_eight_give_the_same(tmp_path):
     eight, _ = encode(tmp_path / "eight")
     a, b = (latents["train"].batch(np.arange(N)) for latents in (alone, eight))
     assert all((a[name] == b[name]).all() for name in a)
+
+
+def test_by_more_devices_than_the_autoencoder_s_batch_is_split_over(tiny, tmp_path, monkeypatch):
+    config = tiny("ldm")
+    config.autoencoder.train.batch_size = 12
+    image, noise = jnp.zeros((1, 16, 16, 3)), jnp.zeros((1, 8, 8, 2))
+    params = stages.build_autoencoder(config).init(jax.random.key(0), image, noise)
+    monkeypatch.setattr(stages, "load_autoencoder", lambda *_: params)
+    rng = np.random.default_rng(0)
+    train, val = (array_source(rng.integers(0, 256, (n, 16, 16, 3), np.uint8), np.zeros(n), ["a"]) for n in (21, 3))
+    _, (latents, _) = stages.encode_data(config, tmp_path, train, val, meshes.make_mesh())
+    assert jax.device_count() == 8 and len(latents) == 21 and latents.batch(np.arange(21))["mean"].any((1, 2, 3)).all()

@@ -49,3 +49,18 @@ def test_as_defined(devices, monkeypatch):
     distance = effnet_lite0_distance(Blur(), np.float32(1), Source(), mesh)["effnet_lite0_distance"]
     expected = jax.jit(effnet_distance)(efficientnet.load(), *(images.to_unit(x) for x in (IMAGES, blurred)))
     assert distance == pytest.approx(float(expected.mean()), rel=1e-3) and distance > 0.1
+
+
+def test_features_are_in_full_precision(monkeypatch):
+    """On a GPU products of float32 have ten bits otherwise."""
+    seen, real = [], efficientnet.apply
+
+    def apply(*args):
+        seen.append(jax.config.jax_default_matmul_precision)
+        return real(*args)
+
+    monkeypatch.setattr(efficientnet, "apply", apply)
+    monkeypatch.setattr("jaxdiff.evaluation.reconstruction.BATCH", 4)
+    mesh = jax.make_mesh((1,), ("data",), devices=jax.devices()[:1])
+    rfd_effnet_lite0(Blur(), np.float32(1), Source(), mesh)
+    assert seen == ["highest"] * 2
