@@ -167,6 +167,23 @@ def read_json(path: pathlib.Path) -> Any:
         raise ConfigError(f"{path}: is damaged ({error}); put it in order, or elsewhere") from None
 
 
+def read_jsonl(path: pathlib.Path) -> list[dict[str, Any]]:
+    """The objects of a file with one to a line; what is none, such as a torn last line, is passed over."""
+    records = []
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except OSError:
+        return []
+    for line in lines:
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(record, dict):
+            records.append(record)
+    return records
+
+
 def save(config: ConfigDict, path: pathlib.Path) -> None:
     """Write a config as JSON."""
     write_json(path, config.to_dict())

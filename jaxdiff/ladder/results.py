@@ -1,6 +1,5 @@
 """RESULTS.md: the tables of a ladder in Markdown, from the files of its workdir."""
 
-import json
 import pathlib
 from collections.abc import Iterable
 
@@ -21,8 +20,7 @@ def write_results(workdir: pathlib.Path) -> None:
 def results(workdir: pathlib.Path) -> str:
     """The RESULTS.md of a ladder's workdir: what its files say, with "not yet" where they say nothing."""
     config, rungs = files.load(workdir / "config.json"), read_ladder(workdir)["rungs"]
-    path = workdir / "starts.jsonl"
-    starts = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    starts = files.read_jsonl(workdir / "starts.jsonl")
     scores = {name: read_scores(workdir / name) for name in rung_names(config)}
     told = [
         f"- {name}: " + (f"`{value}`" if name == "Command" else value)

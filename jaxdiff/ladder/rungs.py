@@ -1,6 +1,5 @@
 """The rungs of a ladder: which trainings they are, how each is scored, and what must hold of their config."""
 
-import json
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -101,7 +100,7 @@ def validate(config: ConfigDict, num_devices: int) -> None:
 def read_ladder(workdir: pathlib.Path) -> dict[str, Any]:
     """{"rungs": {name: decision and seconds}} of a workdir; empty where nothing was decided yet."""
     path = workdir / FILE
-    return json.loads(path.read_text()) if path.exists() else {"rungs": {}}
+    return files.read_json(path) if path.exists() else {"rungs": {}}
 
 
 def check_workdir(config: ConfigDict, workdir: pathlib.Path) -> None:

@@ -102,9 +102,8 @@ def _variant(run: Run, cells: Mapping[tuple[float, int], dict[str, Any]], album:
     names = scoring.score_names({name: value for record in every for name, value in record["scores"].items()})
     name = names[0]
     known = scoring.metric(name)
-    sign = 1 if known is None or known.lower else -1
     values = {at: v for at, r in cells.items() if (v := number(r["scores"].get(name))) is not None}
-    best = min(values, key=lambda at: sign * values[at])
+    best = min(values, key=lambda at: scoring.sign(name) * values[at]) if scoring.sign(name) else None
     places = text.decimals(values.values(), 3)
     shown = {}
     for at, record in cells.items():
@@ -118,8 +117,9 @@ def _variant(run: Run, cells: Mapping[tuple[float, int], dict[str, Any]], album:
         caption = f"{run.name}, {where}. {'; '.join(lines)}. {scoring.terse(record)}."
         shown[at] = {"picture": picture, "cell": cell, "best": at == best, "caption": caption, "where": where}
     label = known.label if known else name
-    direction = "lower" if sign > 0 else "higher"
-    note = f"Below each grid: {label}, {direction} is better, {scoring.terse(every[0])}; outlined: the best."
+    direction = {1: ", lower is better", -1: ", higher is better", 0: ""}[scoring.sign(name)]
+    outlined = "" if best is None else "; outlined: the best"
+    note = f"Below each grid: {label}{direction}, {scoring.terse(every[0])}{outlined}."
     return {
         "guidance": sorted({w for w, _ in cells}),
         "steps": sorted({steps for _, steps in cells}),
@@ -208,7 +208,7 @@ def denoising(runs: Sequence[Run], album: Album) -> list[dict[str, Any]]:
             if all(pair):
                 rows.append({"label": name, "pictures": pair})
         if rows:
-            strips.append({"run": run.name, "times": [int(t[c]) for c in chosen], "rows": rows})
+            strips.append({"run": run.name, "times": [text.figures(t[c].item()) for c in chosen], "rows": rows})
     return strips
 
 

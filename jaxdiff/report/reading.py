@@ -12,6 +12,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from jaxdiff.config import files
+from jaxdiff.config.files import read_jsonl
 from jaxdiff.errors import ConfigError
 from jaxdiff.ladder.rungs import rung_config, rung_names
 
@@ -74,23 +75,6 @@ def read_json(path: pathlib.Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-
-
-def read_jsonl(path: pathlib.Path) -> list[dict[str, Any]]:
-    """The objects of a file with one to a line; what is none, such as a torn last line, is passed over."""
-    records = []
-    try:
-        lines = path.read_bytes().split(b"\n")
-    except OSError:
-        return []
-    for line in lines:
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(record, dict):
-            records.append(record)
-    return records
 
 
 def read_arrays(path: pathlib.Path, *names: str) -> dict[str, np.ndarray] | None:

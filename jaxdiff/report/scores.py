@@ -11,11 +11,11 @@ from jaxdiff.report.tables import Cell, Head, Table
 
 
 class Metric(NamedTuple):
-    """A score: its short name, its meaning, and whether less of it is better."""
+    """A score: its short name, its meaning, and whether less of it is better; None where neither is."""
 
     label: str
     meaning: str
-    lower: bool
+    lower: bool | None
 
 
 # By the beginning of the name; what follows names the extractor, or "50k". In the order of columns.
@@ -30,6 +30,7 @@ METRICS = {
     "precision": Metric("Precision", "share of the images within the reference's manifold", False),
     "recall": Metric("Recall", "share of the reference within the images' manifold", False),
     "knn_accuracy": Metric("kNN accuracy", "share to which nearest neighbours give the class asked for", False),
+    "nearest_train": Metric("Nearest", "median distance to the nearest training image", None),
     "bits_per_dim": Metric("Bits/dim", "bound on the negative log-likelihood of images", True),
     "bits_per_dim_prior": Metric("of it the prior", "KL at the noisiest timestep", True),
     "latent_bits_per_dim": Metric("Bits/dim of latents", "bound of the latents' model, not of images", True),
@@ -39,7 +40,7 @@ METRICS = {
     "val_ssim": Metric("SSIM", "structural similarity", False),
 }
 AT_FLOOR = 0.02  # a score within 2 % of its floor, or beyond, is as good as real images are
-BETTER = {True: (" ↓", "; lower is better"), False: (" ↑", "; higher is better")}
+BETTER = {None: ("", ""), True: (" ↓", "; lower is better"), False: (" ↑", "; higher is better")}
 # Fields of a protocol that are columns where rows differ in them: heads.
 DRAWING: dict[str, tuple[str, str, bool]] = {
     "images": ("Images", "", False),
@@ -91,8 +92,13 @@ def beside(scores: Mapping[str, Any], name: str, word: str) -> float | None:
 
 def at_floor(name: str, value: float, floor: float) -> bool:
     """Whether a score is as good as that of real images, to 2 %."""
-    known, slack = metric(name), AT_FLOOR * abs(floor)
-    return (value <= floor + slack) if known is None or known.lower else (value >= floor - slack)
+    return sign(name) != 0 and sign(name) * (value - floor) <= AT_FLOOR * abs(floor)
+
+
+def sign(name: str) -> int:
+    """1 where less of a score is better, -1 where more is, 0 where neither is, or it is not known."""
+    known = metric(name)
+    return 0 if known is None or known.lower is None else 1 if known.lower else -1
 
 
 def reference_of(record: Mapping[str, Any]) -> tuple[str, str, str]:
@@ -186,9 +192,9 @@ def score_column(records: Sequence[Mapping[str, Any]], name: str, digits: int = 
     same N."""
     values = [number(record["scores"].get(name)) for record in records]
     places = text.decimals([*values, *(floor_of(record, name) for record in records)], digits)
-    known, finite = metric(name), [v for v in values if v is not None]
+    finite = [v for v in values if v is not None]
     same = len({record["protocol"].get("num") for record in records}) == 1
-    best = (min if known.lower else max)(finite) if known and same and len(finite) > 1 else None
+    best = min(finite, key=lambda v: sign(name) * v) if sign(name) and same and len(finite) > 1 else None
     cells = [score_cell(record, name, places) for record in records]
     return [c._replace(strong=best is not None and v == best) for c, v in zip(cells, values, strict=True)]
 

@@ -104,14 +104,13 @@ def validation_fact(run: Run, name: str) -> tuple[str, str, str] | None:
 def best_fact(run: Run) -> tuple[str, str, str] | None:
     """The best value of the most telling score of a run's records, with its protocol and floor."""
     records = [record for record in run.records if "bound" not in record["protocol"]]  # likelihoods are not of samples
-    scored = [(name, r) for r in records for name in scoring.score_names(r["scores"])[:1]]
+    scored = [(name, r) for r in records for name in scoring.score_names(r["scores"])[:1] if scoring.sign(name)]
     if not scored:
         return None
     names = [name for name, _ in scored]
     name = scoring.score_names(dict.fromkeys(names, 0.0))[0]
     known = scoring.metric(name)
-    sign = 1 if known is None or known.lower else -1
-    _, record = min((s for s in scored if s[0] == name), key=lambda s: sign * s[1]["scores"][name])
+    _, record = min((s for s in scored if s[0] == name), key=lambda s: scoring.sign(name) * s[1]["scores"][name])
     floor = scoring.floor_of(record, name)
     real = "no floor recorded" if floor is None else f"real images: {text.figures(floor)}"
     label, value = known.label if known else name, text.figures(record["scores"][name])

@@ -83,8 +83,15 @@ def start_table(run: Run) -> Table | None:
     """Every start of a run: when, on what, how; its packages folded below."""
     body: list[list[Cell]] = []
     details: list[Table] = []
-    for k, start in enumerate(run.starts, 1):
-        compiled = "; ".join(f"{name} {text.duration(s)}" for name, s in mapping(start.get("compile_seconds")).items())
+    starts: list[tuple[dict[str, Any], list[str]]] = []
+    for line in run.starts:
+        seconds = number(line.get("compile_seconds"))
+        if seconds is None:
+            starts.append((line, []))
+        elif starts:  # it belongs to the start above it
+            starts[-1][1].append(f"{line.get('stage', '')} {text.duration(seconds)}")
+    for k, (start, compilations) in enumerate(starts, 1):
+        compiled = "; ".join(compilations)
         cells = [Cell(text.moment(start.get("time", "–"))), Cell(str(start.get("mode", "–")))]
         cells += [Cell(str(start.get("command", "–")), code=True), Cell(str(start.get("device", "–")))]
         cells += [Cell(str(start.get("python", "–"))), Cell(compiled or "–")]

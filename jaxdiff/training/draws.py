@@ -27,6 +27,7 @@ def draw_at_once(init: Callable[[PRNGKeyArray], Any]) -> Callable[[PRNGKeyArray]
 
         def evaluate(jaxpr: Any, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:
             nonlocal used
+            unnamed = jaxpr.debug_info.with_unknown_names()
             values = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args], strict=True))
 
             def value(v: Any) -> Any:
@@ -40,8 +41,8 @@ def draw_at_once(init: Callable[[PRNGKeyArray], Any]) -> Callable[[PRNGKeyArray]
                     results = evaluate(inner.jaxpr, inner.consts, [value(v) for v in eqn.invars])
                 else:
                     variables = list(dict.fromkeys(v for v in eqn.invars if not isinstance(v, Literal)))
-                    alone = {"constvars": [], "invars": variables, "outvars": eqn.outvars, "debug_info": None}
-                    function = jaxpr_as_fun(ClosedJaxpr(jaxpr.replace(eqns=[eqn], **alone), []))
+                    alone = {"constvars": [], "invars": variables, "outvars": eqn.outvars}
+                    function = jaxpr_as_fun(ClosedJaxpr(jaxpr.replace(eqns=[eqn], debug_info=unnamed, **alone), []))
                     results = function(*(values[v] for v in variables))
                 values.update(zip(eqn.outvars, results, strict=True))
             return [value(v) for v in jaxpr.outvars]

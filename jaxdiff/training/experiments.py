@@ -110,8 +110,7 @@ def autoencoder_experiment(config: ConfigDict, train: Source, val: Source, mesh:
         decoded: Any = model.apply(params, posterior.mean, method="decode")
         return images.to_uint8(decoded)
 
-    per_device = -(-10 // mesh.size)
-    count = min(per_device * mesh.size, 40)
+    count = -(-10 // mesh.size) * mesh.size
 
     def render(params: Any) -> UInt8[np.ndarray, "h w 3"]:
         real = val.batch(np.arange(count) % len(val))["image"]

@@ -61,8 +61,8 @@ def folder() -> pathlib.Path | None:
 def find(function: Any, args: Sequence[Any]) -> pathlib.Path | None:
     """The file, which may not be there yet, of a function compiled for these arguments or their shapes; None where
     none is kept."""
-    root = folder()
     try:
+        root = folder()
         return root and root / identity(function, args)
     except Exception:  # Unknown, or whatever it is: the step is compiled as without
         return None

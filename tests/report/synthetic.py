@@ -7,6 +7,7 @@ import numpy as np
 
 from jaxdiff import images
 from jaxdiff.config import files
+from jaxdiff.training.environment import record_compilation
 from tests.tiny import tiny_config
 
 SIZE = 16
@@ -127,8 +128,10 @@ def make_run(workdir: pathlib.Path, *, seed: int = 0, lr: float = 1e-3) -> pathl
     )
     command = "python -m jaxdiff.main --config=configs/ldm_cfg.py --workdir='</script><script>alert(1)</script>'"
     start = {"time": "2025-11-24T09:12:44", "command": command, "python": "3.11.7", "packages": {"jax": "0.10.2"}}
-    start |= {"device": "1 x cpu", "mode": "train", "compile_seconds": {"diffusion": 72.1}}
+    start |= {"device": "1 x cpu", "mode": "train"}
     write_lines(workdir / "starts.jsonl", [start])
+    record_compilation(workdir, "autoencoder", 12.3)
+    record_compilation(workdir, "diffusion", 72.1)
     meta = {"class_names": list(CLASSES), "autoencoder": "autoencoder", "data": {"batches": STEPS[-1], "images": 1500}}
     folder = workdir / "checkpoints" / str(STEPS[-1]) / "meta"
     folder.mkdir(parents=True)

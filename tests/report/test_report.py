@@ -12,7 +12,7 @@ from PIL import Image
 from jaxdiff import images
 from jaxdiff.config import files
 from jaxdiff.errors import ConfigError
-from jaxdiff.report import curves, pictures, reading, scores, sections, tables, text, write_report
+from jaxdiff.report import curves, galleries, pictures, reading, scores, sections, tables, text, write_report
 from tests.report import synthetic
 from tests.report.page import Page
 from tests.tiny import tiny_config
@@ -305,6 +305,35 @@ def test_times_stand_apart_from_compilation(run):
     table = tables.latency_table([reading.read_run(run, "one")])
     assert [c.text for c in table.rows[0]] == ["one", "ddim", "5", "0", "1,000", "1.25", "800", "12.1", "1 x cpu"]
     assert tables.latency_table([reading.read_run(run / "autoencoder", "vae")]) is None
+
+
+def test_compilations_stand_with_the_start_above_them(run):
+    table = tables.start_table(reading.read_run(run, "one"))
+    (row,) = table.rows
+    assert row[-1].text == "autoencoder 12.3 s; diffusion 72.1 s"
+
+
+def test_the_distance_to_training_images_has_no_better_side(run):
+    records = [synthetic.record("ddim", 5, 0.0), synthetic.record("ddim", 20, 0.0)]
+    for k, record in enumerate(records):
+        record["scores"], record["floor"] = {"nearest_train": 0.1 + k}, {"nearest_train": 5.0}
+    one = reading.read_run(run, "one")._replace(records=records)
+    cells = scores.score_column(records, "nearest_train")
+    assert [(cell.text, cell.mark, cell.strong) for cell in cells] == [("0.10", "", False), ("1.10", "", False)]
+    assert scores.score_head("nearest_train").text == "Nearest" and sections.best_fact(one) is None
+    (found,) = galleries.maps([one], pictures.Album(pictures.LEVELS[0], 10**6))
+    (variant,) = found["variants"]
+    assert "better" not in variant["note"] and not any(cell["best"] for cell in variant["cells"].values())
+
+
+def test_times_of_denoising_are_those_of_the_schedule(tmp_path):
+    run = synthetic.make_run(tmp_path / "run")
+    with np.load(run / "samples" / "denoising.npz") as file:
+        arrays = {name: file[name] for name in file.files}
+    t = np.array([1.0, 0.75, 0.5, 0.25, 0.125], np.float32)
+    np.savez(run / "samples" / "denoising.npz", **{**arrays, "t": t})
+    (strip,) = galleries.denoising([reading.read_run(run, "one")], pictures.Album(pictures.LEVELS[0], 10**6))
+    assert strip["times"] == ["1", "0.75", "0.5", "0.25", "0.125"]
 
 
 def test_configs_are_compared_by_what_differs(run):
