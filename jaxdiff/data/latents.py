@@ -1,5 +1,6 @@
 """A data set's latents: encoded once, stored as (mean, logvar) of the posterior, drawn anew at every use."""
 
+import contextlib
 import dataclasses
 import hashlib
 import pathlib
@@ -131,7 +132,7 @@ def _write(
     """All processes compute; the main one writes, and says which shards an earlier call has left to do."""
     import tensorflow_datasets as tfds
 
-    from jaxdiff.data.writing import Note, Plan, Shard, pending_shards, write_records
+    from jaxdiff.data.writing import Note, Plan, Shard, locked, pending_shards, write_locked
 
     z = encoding.shape[-1]
 
@@ -154,17 +155,19 @@ def _write(
     features = tfds.features.FeaturesDict({"mean": tensor, "logvar": tensor, "label": tfds.features.Scalar(np.int64)})
     rows = {split: len(source) * (1 + encoding.mirrored) for split, source in sources.items()}
     plan = Plan(features, rows, settings, 8 * int(np.prod(encoding.shape)), generate, finish)
-    pending = pending_shards(root, plan) if is_main() else []
-    if jax.process_count() > 1:
-        wanted = np.array([shard in pending for shard in plan.shards()])
-        wanted = multihost_utils.broadcast_one_to_all(wanted)
-        pending = [shard for shard, want in zip(plan.shards(), wanted, strict=True) if want]
-    if is_main():
-        write_records(root, plan, threads=1, what="encoding")
-    else:
-        for shard in pending:
-            for _ in _posteriors(sources[shard.split], encoding, shard.candidates, mesh):
-                pass
+    # Until all is written no other run may begin: all processes compute what the main one found to be missing.
+    with locked(root) if is_main() else contextlib.nullcontext():
+        pending = pending_shards(root, plan) if is_main() else []
+        if jax.process_count() > 1:
+            wanted = np.array([shard in pending for shard in plan.shards()])
+            wanted = multihost_utils.broadcast_one_to_all(wanted)
+            pending = [shard for shard, want in zip(plan.shards(), wanted, strict=True) if want]
+        if is_main():
+            write_locked(root, plan, threads=1, what="encoding")
+        else:
+            for shard in pending:
+                for _ in _posteriors(sources[shard.split], encoding, shard.candidates, mesh):
+                    pass
     barrier(f"encoded {root}")
 
 

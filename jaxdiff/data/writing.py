@@ -1,6 +1,7 @@
 """Writing ArrayRecord shards through a TFDS builder: in parallel, in order, each shard whole or not at all."""
 
 import concurrent.futures
+import contextlib
 import hashlib
 import json
 import os
@@ -67,9 +68,16 @@ def write_records(root: pathlib.Path, plan: Plan, *, threads: int, what: str) ->
     progress bar begins with `what`.
     Raises: ConfigError when `root` holds records of other settings or something else, or cannot be written.
     """
+    with locked(root):
+        return write_locked(root, plan, threads=threads, what=what)
+
+
+@contextlib.contextmanager
+def locked(root: pathlib.Path) -> Iterator[None]:
+    """As `files.alone`. Raises: ConfigError where it cannot be written."""
     try:
         with alone(root):
-            return _write_records(root, plan, threads, what)
+            yield
     except OSError as error:
         raise _unwritable(root, error) from error
 
@@ -79,7 +87,8 @@ def _unwritable(root: pathlib.Path, error: Exception) -> ConfigError:
     return ConfigError(f"{root}: cannot be written ({reason}); started again, it goes on from there")
 
 
-def _write_records(root: pathlib.Path, plan: Plan, threads: int, what: str) -> Manifest:
+def write_locked(root: pathlib.Path, plan: Plan, *, threads: int, what: str) -> Manifest:
+    """As `write_records`, within `locked`."""
     manifest = read_manifest(root)  # that of another process, too, which was waited for
     if manifest is not None:
         check_settings(root, manifest, plan.settings)
@@ -110,7 +119,7 @@ def _begun(root: pathlib.Path) -> bool:
 
 
 def pending_shards(root: pathlib.Path, plan: Plan) -> list[Shard]:
-    """The shards that `write_records` would write."""
+    """The shards that `write_locked` would write, within `locked`."""
     if (root / MANIFEST).exists():
         return []
     partial = _open_partial(root, plan)

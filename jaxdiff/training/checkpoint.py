@@ -103,6 +103,7 @@ class Checkpoints:
         self._orbax = ocp.CheckpointManager(self.folder, options=options, item_names=names)
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._saving: Future[Any] | None = None
+        self._closed = False
         for step in self.steps if writing else ():  # what an earlier process saved
             with contextlib.suppress(OSError, ValueError, KeyError):  # damaged, or of an earlier version
                 self._losses[step] = self._read_meta(step)[MONITOR]
@@ -137,7 +138,8 @@ class Checkpoints:
             others = [other for other in self.steps if other != step]
             then = f"step {others[-1]} is the newest" if others else "training begins anew"
             raise ConfigError(
-                f"{self.folder / str(step)}: cannot be read ({_told(error)}); with that folder moved away, {then}"
+                f"{self.folder / str(step)}: cannot be read ({_told(error)}): it is damaged, or of another version of "
+                f"jaxdiff or its libraries; without that folder {then}"
             ) from error
 
     @property
@@ -228,7 +230,10 @@ class Checkpoints:
             self._manager.wait_until_finished()
 
     def close(self) -> None:
-        """Finish writing and release the folder."""
+        """Finish writing and release the folder; may be called twice."""
+        if self._closed:
+            return
+        self._closed = True
         try:
             with self._writing():
                 self._manager.close()

@@ -84,6 +84,29 @@ def fit(
     `config` holds the fields of `fields.recipe()`, and seed, dtype and data. With `stop_at` it stops after that many
     steps. Raises: Stopped on SIGTERM, SIGINT or at `stop_at`, with the state saved.
     """
+    with contextlib.closing(Checkpoints(workdir, config.keep)) as checkpoints:
+        if checkpoints.latest is not None:
+            check_data(experiment, checkpoints.meta())
+        logger = RunLogger(
+            workdir,
+            total_steps=total_steps(config, len(experiment.train)),
+            images_per_step=config.batch_size,
+            enabled=meshes.is_main(),
+            stage=experiment.stage,
+        )
+        with contextlib.closing(logger):
+            return _fit(experiment, config, workdir, mesh, checkpoints, logger, stop_at)
+
+
+def _fit(
+    experiment: Experiment,
+    config: ConfigDict,
+    workdir: pathlib.Path,
+    mesh: Mesh,
+    checkpoints: Checkpoints,
+    logger: RunLogger,
+    stop_at: int | None,
+) -> Result:
     total = total_steps(config, len(experiment.train))
     optimizer, schedule = recipe_optimizer(config, total)
     frozen = meshes.put_replicated(experiment.objective.frozen, mesh)
@@ -101,7 +124,7 @@ def fit(
     )
     validator = Validator(experiment, config, mesh, frozen)
 
-    checkpoints, snapshots = Checkpoints(workdir, config.keep), Snapshots(workdir)
+    snapshots = Snapshots(workdir)
     create, key = make_init(experiment.init, optimizer, mesh, *inner), named_key(config.seed, "init")
     abstract = abstract_state(create, mesh)
     start, compiling = 0, None
@@ -113,16 +136,8 @@ def fit(
         state, meta = checkpoints.restore(abstract)
         state = jax.device_put(state, formats(state, mesh))
         start = meta["data"]["batches"]
-        check_data(experiment, meta)
         say(f"{experiment.stage}: going on from step {start:,} of {total:,}")
 
-    logger = RunLogger(
-        workdir,
-        total_steps=total,
-        images_per_step=config.batch_size,
-        enabled=meshes.is_main(),
-        stage=experiment.stage,
-    )
     logger.resume(start)  # forgets what a run that died after its last checkpoint recorded
     timer = StepTimer(config.batch_size)
 
@@ -209,15 +224,12 @@ def fit(
             if not last and (done == stop_at or checkpoints.should_stop(done, stop.signum)):
                 read(done, metrics)
                 save(done)
-                logger.close()
                 raise Stopped(done, total, stop.signum or (0 if done == stop_at else signal.SIGTERM))
         if pending:
             read(*pending)
         if done < total:
             save(done)
-            logger.close()
             raise Stopped(done, total, stop.signum)
-    logger.close()
     if stop.signum:  # while the last step was saved, or its samples drawn
         raise Stopped(total, total, stop.signum)
     return Result(state, validator.last or validator(state.ema))

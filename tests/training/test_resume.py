@@ -159,6 +159,17 @@ def test_another_config_is_refused_before_anything_is_touched(tiny, whole):
     assert {p: p.read_bytes() for p in whole.rglob("*") if p.is_file()} == files
 
 
+def test_other_images_are_refused_before_anything_is_compiled(tiny, tmp_path, monkeypatch):
+    with pytest.raises(Stopped):
+        run_train(config_of(tiny), tmp_path / "run", stop_at=1)
+    images = stages.load_source(config_of(tiny).data, "val")
+    monkeypatch.setattr(stages, "load_source", lambda *_: images)
+    monkeypatch.setattr(loop, "Compiling", None)  # whoever calls it fails
+    words = r"config.data: these are 297 images in classes 0, 1, 2, 3, 4, ...; the run was begun with 1,500 in 0, 1"
+    with pytest.raises(ConfigError, match=words):
+        run_train(config_of(tiny), tmp_path / "run")
+
+
 def test_kernels_that_lie_as_on_a_gpu(tiny, tmp_path, whole, monkeypatch):
     """Restored, trained, validated, saved and sampled from with the kernels' features first in memory."""
     workdir, seen = tmp_path / "run", []
