@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 from jaxdiff import mesh as meshes
 from jaxdiff.build import build_autoencoder, build_network
 from jaxdiff.config import check, files
+from jaxdiff.config.overrides import check_overrides
 from jaxdiff.config.require import require
 from jaxdiff.errors import ConfigError
 
@@ -33,7 +34,7 @@ def train(config: ConfigDict, workdir: pathlib.Path, overrides: Collection[str] 
 
     start()
     check.validate(config, jax.device_count())
-    check.check_overrides(config, overrides)
+    check_overrides(config, overrides)
     files.check_workdir(config, workdir)
     run_train(config, workdir)
     try_report([workdir], workdir / REPORT)
@@ -46,7 +47,7 @@ def ladder(config: ConfigDict, workdir: pathlib.Path, overrides: Collection[str]
 
     start()
     validate(config, jax.device_count())
-    check.check_overrides(config, overrides)
+    check_overrides(config, overrides)
     check_workdir(config, workdir)
     run_ladder(config, workdir)
     try_report([workdir], workdir / REPORT)
@@ -204,6 +205,7 @@ def sample(workdir: pathlib.Path, named: str | None, overrides: dict[str, Any], 
         raise ConfigError(f"--workdir={workdir}: holds an autoencoder alone, which has nothing to sample")
     start()
     check.validate_sample(config)
+    check_overrides(config, overrides)
     for sheet in run_sample(config, workdir, step):
         meshes.say(f"sample grid: {sheet}")
 
@@ -225,6 +227,7 @@ def evaluate(workdir: pathlib.Path, named: str | None, overrides: dict[str, Any]
     check.validate_data(config)
     check.validate_sample(config)
     check.validate_eval(config)
+    check_overrides(config, overrides)
     run_evaluate(config, workdir, step)
 
 

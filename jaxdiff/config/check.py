@@ -2,11 +2,10 @@
 
 import math
 import pathlib
-from collections.abc import Collection
 
 from ml_collections import ConfigDict
 
-from jaxdiff.build import COMMON, NETWORKS
+from jaxdiff.build import NETWORKS
 from jaxdiff.config.check_diffusion import CONTINUOUS, validate_diffusion, validate_steps
 from jaxdiff.config.fields import guidance_weights
 from jaxdiff.config.require import at_least, get_field, one_of, require
@@ -64,16 +63,6 @@ def _validate_numbers(config: ConfigDict, prefix: str = "") -> None:
                 require(not several or type(number) in (int, float), field, value, "of numbers")
                 require(not isinstance(number, float) or not math.isinf(number), field, value, "finite")
                 require(not isinstance(number, int) or abs(number) < 2**63, field, value, "below 2^63")
-
-
-def check_overrides(config: ConfigDict, overrides: Collection[str]) -> None:
-    """ConfigError when the command line gives, in `overrides`, a field `model` that the network there does not have."""
-    for field in overrides:
-        group, _, name = field.rpartition(".")
-        if group.split(".")[-1] == "model" and name not in COMMON:
-            network = get_field(config, group).get("name", "unet")
-            allowed = f"left out with {group}.name = {network!r}, which has of {group} {', '.join(COMMON)} only"
-            require(network not in DITS, field, get_field(config, field), allowed)
 
 
 def validate_data(config: ConfigDict) -> None:
