@@ -26,8 +26,7 @@ def rfd_effnet_lite0(model: AutoencoderKL, params: Any, source: Source, mesh: Me
     """
 
     def features(frozen: Any, image: Array, decoded: Array) -> list[Array]:
-        with jax.default_matmul_precision("highest"):  # as all distances are
-            return [efficientnet.apply(frozen, efficientnet.resized(x)).features for x in (image, decoded)]
+        return [efficientnet.apply(frozen, efficientnet.resized(x)).features for x in (image, decoded)]
 
     moments = Moments(), Moments()
     for part in _compare(features, efficientnet.load(), model, params, source, mesh):
@@ -63,7 +62,8 @@ def _compare(
         image = images.to_unit(batch)
         posterior: Any = model.apply(params, image, method="encode")
         decoded: Any = model.apply(params, posterior.mean, method="decode")
-        return function(frozen, image, images.to_unit(images.to_uint8(decoded)))
+        with jax.default_matmul_precision("highest"):  # as the features of all scores are
+            return function(frozen, image, images.to_unit(images.to_uint8(decoded)))
 
     index, count = jax.process_index(), jax.process_count()
     batches = eval_batches(source, batch_size=BATCH * mesh.size, process_index=index, process_count=count)

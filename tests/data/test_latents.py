@@ -157,13 +157,15 @@ def test_one_device_and_eight_give_the_same(tmp_path):
     assert all((a[name] == b[name]).all() for name in a)
 
 
-def test_by_more_devices_than_the_autoencoder_s_batch_is_split_over(tiny, tmp_path, monkeypatch):
+def test_by_more_devices_than_the_autoencoder_s_batch_and_with_its_scaling_factor(tiny, tmp_path, monkeypatch):
     config = tiny("ldm")
     config.autoencoder.train.batch_size = 12
+    config.diffusion.scaling_factor = 0.5
     image, noise = jnp.zeros((1, 16, 16, 3)), jnp.zeros((1, 8, 8, 2))
     params = stages.build_autoencoder(config).init(jax.random.key(0), image, noise)
     monkeypatch.setattr(stages, "load_autoencoder", lambda *_: params)
     rng = np.random.default_rng(0)
     train, val = (array_source(rng.integers(0, 256, (n, 16, 16, 3), np.uint8), np.zeros(n), ["a"]) for n in (21, 3))
-    _, (latents, _) = stages.encode_data(config, tmp_path, train, val, meshes.make_mesh())
+    decoder, (latents, _) = stages.encode_data(config, tmp_path, train, val, meshes.make_mesh())
+    assert (decoder.whitening.whiten(np.ones((1, 8, 8, 2), np.float32)) == 0.5).all()
     assert jax.device_count() == 8 and len(latents) == 21 and latents.batch(np.arange(21))["mean"].any((1, 2, 3)).all()

@@ -54,3 +54,20 @@ def test_a_function_of_ones_own():
     np.testing.assert_allclose(mean, ((image[:21] / 127.5 - 1) @ weights).mean((0, 1, 2)), atol=1e-5)
     expected = np.square(mean / 2).sum() + np.trace(covariance) / 4
     assert frechet_distance(wide, narrow) == pytest.approx(expected, rel=0.02)
+
+
+def test_products_are_in_full_precision():
+    """On a GPU those of float32 have ten bits otherwise."""
+    extractor = EXTRACTORS["effnet_lite0"](ConfigDict())
+    found = []
+
+    def collect(jaxpr):
+        for eqn in jaxpr.eqns:
+            if eqn.primitive.name in ("conv_general_dilated", "dot_general"):
+                found.append(eqn.params["precision"])
+            for inner in jax.tree.leaves(list(eqn.params.values()), is_leaf=lambda p: hasattr(p, "jaxpr")):
+                if hasattr(inner, "jaxpr"):
+                    collect(inner.jaxpr)
+
+    collect(jax.make_jaxpr(extractor.apply)(extractor.params, np.zeros((1, 32, 32, 3), np.uint8)).jaxpr)
+    assert len(found) > 30 and set(found) == {(jax.lax.Precision.HIGHEST,) * 2}
