@@ -57,6 +57,18 @@ def without_companions(scores: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     return own
 
 
+def _guided(protocol: Mapping[str, Any]) -> str:
+    """How samples were guided."""
+    words = [f"w = {protocol['guidance']:g}"]
+    if interval := protocol.get("guidance_interval"):
+        words.append(f"at t = {interval[0]:g} to {interval[1]:g}")
+    if phi := protocol.get("guidance_rescale"):
+        words.append(f"rescaled by {phi:g}")
+    if weak := protocol.get("autoguidance"):
+        words.append(f"by step {protocol['autoguidance_step']:,} of {weak}")
+    return " ".join(words)
+
+
 def describe(record: Record) -> str:
     """The scores, each with its floor, and in words what they were measured with: three lines."""
     floor, p = record["floor"], record["protocol"]
@@ -67,9 +79,8 @@ def describe(record: Record) -> str:
     scores = "  ".join(number(name, value) for name, value in record["scores"].items())
     of = f"{p['num']:,} {p['images']}"
     if p["images"] == "samples":
-        guided = f"w = {p['guidance']:g}" + (", " + ", ".join(p["guided"]) if p.get("guided") else "")
-        of += f" of step {p['step']:,}, {p['sampler']} {p['steps']} steps {p['spacing']}, eta {p['eta']:g}, {guided}"
-        of += f", {p['weights']} weights, seed {p['seed']}, labels {p['labels']}"
+        of += f" of step {p['step']:,}, {p['sampler']} {p['steps']} steps {p['spacing']}, eta {p['eta']:g}"
+        of += f", {_guided(p)}, {p['weights']} weights, seed {p['seed']}, labels {p['labels']}"
         of += f", {p['dtype']}" if "dtype" in p else ""
     if "bound" in p:
         of += f" at step {p['step']:,}, {p['weights']} weights: {p['bound']}; seed {p['seed']}"

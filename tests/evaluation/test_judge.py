@@ -14,6 +14,7 @@ from jaxdiff.clock import Stopwatch
 from jaxdiff.data import load_source
 from jaxdiff.errors import ConfigError
 from jaxdiff.evaluation import judge as judges
+from jaxdiff.evaluation.evaluate import sample_protocol
 from jaxdiff.evaluation.extractors import Extractor, Features
 from jaxdiff.evaluation.judge import Judge
 from jaxdiff.evaluation.neighbours import neighbours_sheet
@@ -87,6 +88,24 @@ def test_real_images_are_at_their_floor_and_others_are_not(data, cache):
         assert word in said
     other = judge_of(data, reference="train", scores=("fd",))(batch["image"], None, {"images": "a"}, Stopwatch())
     assert other["protocol"]["reference"]["num"] == 1500 and other["protocol"]["floor"] == {"name": "val", "num": 150}
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({}, "eta 0, w = 1.5, ema weights"),
+        ({"guidance_interval": [200, 800], "guidance_rescale": 0.7}, ", w = 1.5 at t = 200 to 800 rescaled by 0.7, "),
+        ({"autoguidance": "runs/weak", "autoguidance_step": 4000}, ", w = 1.5 by step 4,000 of runs/weak, "),
+    ],
+)
+def test_a_record_says_how_its_samples_were_guided(fields, words):
+    config = ddpm.get_config("digits")
+    settings = config.sample
+    settings.guidance = 1.5
+    settings.update(fields)
+    protocol = {**sample_protocol(config, settings, 4, 10), "num": 16}
+    record = {"scores": {"fd": 1.0}, "floor": {}, "protocol": protocol, "seconds": {}, "device": "1 x cpu"}
+    assert words in describe(record)
 
 
 def test_features_of_real_images_are_kept_by_content_and_extractor(data, cache, monkeypatch):
