@@ -49,7 +49,7 @@ class Step(NamedTuple):
 
 
 def measure_ours(work: Work, config: Any) -> Step:
-    """Ours."""
+    """jaxdiff's step."""
     begin = time.perf_counter()
     made = ours.training(work, config, keep_params=False)
     made.side.run(1)
@@ -58,7 +58,7 @@ def measure_ours(work: Work, config: Any) -> Step:
 
 
 def measure_theirs(mode: str, work: Work, config: Any) -> Step:
-    """diffusers', as it is or by torch.compile."""
+    """diffusers' step, as it is or by torch.compile."""
     import torch
 
     from benchmarks import theirs

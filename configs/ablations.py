@@ -73,7 +73,7 @@ def _edm(config: ConfigDict) -> Fields:
 
 ABLATIONS: dict[str, Fields | Callable[[ConfigDict], Fields]] = {
     "base": {},
-    # The mission's table of techniques.
+    # The techniques of docs/techniques.md.
     "cosine": COSINE,
     "learned_variance": LEARNED,
     "global_attention": _global,

@@ -13,7 +13,7 @@ from jaxdiff.config import fields
 
 
 def get_config(dataset: str = "digits") -> ConfigDict:
-    """The experiment on a data set in `jaxdiff.config.DATASETS`."""
+    """The experiment on a data set in `jaxdiff.config.fields.DATASETS`."""
     config = fields.base("ddpm", dataset)
     config.update(fields.recipe())
     config.model = fields.unet()

@@ -42,7 +42,7 @@ def _technique(name: str, config: ConfigDict) -> ConfigDict:
 
 
 def get_config(dataset: str = "digits") -> ConfigDict:
-    """The ladder of a data set in `jaxdiff.config.DATASETS`."""
+    """The ladder of a data set in `jaxdiff.config.fields.DATASETS`."""
     config = fields.base("ladder", dataset)
     config.minutes = 480.0  # for everything
     # Of the minutes; the rest is for sampling and scoring. 0 leaves a technique out.

@@ -13,7 +13,7 @@ from jaxdiff.config import fields
 
 
 def get_config(dataset: str = "digits") -> ConfigDict:
-    """The experiment on a data set in `jaxdiff.config.DATASETS`."""
+    """The experiment on a data set in `jaxdiff.config.fields.DATASETS`."""
     config = fields.base("ldm", dataset)
     config.autoencoder = fields.autoencoder(dataset)
     # Workdir of a finished configs/vae.py run, in which {workdir} is that of this run; empty = train one first.

@@ -13,7 +13,7 @@ from jaxdiff.config import fields
 
 
 def get_config(dataset: str = "digits") -> ConfigDict:
-    """The experiment on a data set in `jaxdiff.config.DATASETS`: stage 1 of configs/ldm_cfg.py."""
+    """The experiment on a data set in `jaxdiff.config.fields.DATASETS`: stage 1 of configs/ldm_cfg.py."""
     config = fields.base("vae", dataset)
     config.autoencoder = fields.autoencoder(dataset)
     config.update(fields.autoencoder_recipe(dataset))

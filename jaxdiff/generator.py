@@ -58,7 +58,7 @@ def table_of(number: Any, label: Any, guidance: Any) -> Int32[np.ndarray, "n 3"]
 
 
 def rows_of(table: Int32[Array, "n 3"]) -> Rows:
-    """The rows of that."""
+    """The inverse of `table_of`."""
     return Rows(table[:, 0], table[:, 1], jax.lax.bitcast_convert_type(table[:, 2], jnp.float32))
 
 

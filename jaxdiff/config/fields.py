@@ -53,7 +53,7 @@ def base(experiment: str, dataset: str) -> ConfigDict:
 
 
 def recipe() -> ConfigDict:
-    """Fields of one training stage: the mission's AdamW recipe."""
+    """Fields of one training stage: AdamW with cosine annealing and clipping, and its averages."""
     return ConfigDict(
         dict(
             batch_size=128,  # global, over all devices and accumulated parts

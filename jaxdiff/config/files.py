@@ -122,7 +122,7 @@ def may_change(field: str) -> bool:
 
 @contextlib.contextmanager
 def alone(folder: pathlib.Path) -> Iterator[None]:
-    """In a folder, which is made, of all processes of this machine that ask for it; others wait."""
+    """Hold the lock of a folder, which is made, among this machine's processes; waits for it."""
     folder.mkdir(parents=True, exist_ok=True)
     if fcntl is None:
         yield
@@ -145,7 +145,7 @@ def write_json(path: pathlib.Path, value: Any) -> None:
 
 @contextlib.contextmanager
 def training_in(workdir: pathlib.Path) -> Iterator[None]:
-    """Alone in training there, of all processes of this machine. Raises: ConfigError where another one is at it."""
+    """Hold the lock of training in a workdir among this machine's processes. Raises: ConfigError where another does."""
     handle = os.open(workdir / "starts.jsonl", os.O_RDONLY | os.O_CREAT, 0o644)  # which is never replaced
     try:
         if fcntl is not None:

@@ -71,7 +71,7 @@ class LossHistory(NamedTuple):
 
 
 def new_history(num_steps: int) -> LossHistory:
-    """That of no losses."""
+    """An empty history."""
     return LossHistory(jnp.zeros((num_steps, HISTORY)), jnp.zeros(num_steps, jnp.int32))
 
 

@@ -7,7 +7,7 @@ from jaxtyping import Array, Float
 from jaxdiff.evaluation.pairs import Block, inner_products, over_pairs
 from jaxdiff.evaluation.rows import check_rows
 
-DRAWS = 2  # stream of the seeded generator; jaxdiff.data.pipeline has the others
+DRAWS = 2  # stream of the seeded generator; jaxdiff.data.pipeline and evaluation.judge have the others
 Features = Float[np.ndarray, "n d"]
 
 

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 from jaxdiff.models import forms, norm
 from jaxdiff.models.convolutions import each_product, product_add
 from jaxdiff.models.layers import DEFAULT_KERNEL, ZEROS, Dtype
-from jaxdiff.models.norm import GroupNorm, Lacking, Map, Owing, settle
+from jaxdiff.models.norm import BiasAdded, BiasPending, GroupNorm, Map, settle
 from jaxdiff.models.products import HALF
 
 TILE = 64  # positions that flash kernels take at a time
@@ -121,11 +121,11 @@ class Output(nn.Module):
     @nn.compact
     def __call__(
         self, x: Float[Array, "batch h w c"], offset: Float[Array, " c"], residual: Float[Array, "batch h w features"]
-    ) -> Owing:
+    ) -> BiasAdded:
         kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features))
         bias = self.param("bias", ZEROS, (self.features,)) + offset @ kernel
         y, sums = product_add(x, kernel.astype(self.dtype), jax.lax.stop_gradient(bias), residual)
-        return Owing(y, bias, sums)
+        return BiasAdded(y, bias, sums)
 
 
 class Attention(nn.Module):
@@ -147,8 +147,8 @@ class Attention(nn.Module):
     chunk: int = 0
 
     @nn.compact
-    def __call__(self, x: Map, context: Float[Array, "batch m e"] | None = None) -> Owing:
-        x = settle(x) if isinstance(x, Lacking) else x
+    def __call__(self, x: Map, context: Float[Array, "batch m e"] | None = None) -> BiasAdded:
+        x = settle(x) if isinstance(x, BiasPending) else x
         h, (x,), _ = GroupNorm(self.norm_groups, self.eps, self.dtype, name="norm")((x,))
         b, height, width, c = h.shape
         heads = self.num_heads or (c // self.head_dim if self.head_dim else 1)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxdiff.models.attention import Attention
-from jaxdiff.models.layers import Conv3x3, Downsample, Dtype, ResBlock, Upsample, owe
+from jaxdiff.models.layers import Conv3x3, Downsample, Dtype, ResBlock, Upsample, add_bias_deferred
 from jaxdiff.models.norm import GroupNorm, Stream, settle
 
 NORM_EPS = 1e-6
@@ -42,7 +42,9 @@ class Encoder(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "batch h w 3"]) -> Float[Array, "batch hf wf 2z"]:
-        h: Stream = owe(Conv3x3(self.channels, self.dtype, form="first", bias_apart=True, name="conv_in")(x))
+        h: Stream = add_bias_deferred(
+            Conv3x3(self.channels, self.dtype, form="first", bias_apart=True, name="conv_in")(x)
+        )
         for i, mult in enumerate(self.channel_mult):
             width = self.channels * mult
             for j in range(self.num_res_blocks):
@@ -70,7 +72,7 @@ class Decoder(nn.Module):
     @nn.compact
     def __call__(self, z: Float[Array, "batch hf wf z"]) -> Float[Array, "batch h w out"]:
         width = self.channels * self.channel_mult[-1]
-        h: Stream = owe(Conv3x3(width, self.dtype, form="first", bias_apart=True, name="conv_in")(z))
+        h: Stream = add_bias_deferred(Conv3x3(width, self.dtype, form="first", bias_apart=True, name="conv_in")(z))
         h = _middle(h, self.norm_groups, self.dtype)
         for i, mult in reversed(list(enumerate(self.channel_mult))):
             width = self.channels * mult

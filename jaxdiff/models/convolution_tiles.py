@@ -49,7 +49,7 @@ class Sizes(NamedTuple):
 
     @property
     def across(self) -> int:
-        """And beside one another."""
+        """Tiles of an image beside one another."""
         return self.shape[2] // self.chosen.box.width
 
     @property
@@ -59,12 +59,12 @@ class Sizes(NamedTuple):
 
     @property
     def tiles(self) -> int:
-        """In all."""
+        """Tiles in all."""
         return self.shape[0] // self.chosen.box.images * self.down * self.across * self.kinds * self.columns
 
     @property
     def blocks(self) -> int:
-        """That take them in turns."""
+        """Thread blocks that take the tiles in turns."""
         return min(self.multiprocessors, self.tiles)
 
     @property
@@ -84,7 +84,7 @@ class Sizes(NamedTuple):
 
     @property
     def below(self) -> int:
-        """And below one another."""
+        """Pieces of a warpgroup's result below one another."""
         return self.chosen.rows // PIECE
 
     @property

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 
 from jaxdiff.models import convolutions, forms
 from jaxdiff.models.convolutions import LAYOUT, convolve_add
-from jaxdiff.models.norm import GroupNorm, Lacking, Map, Owing, Settled, Sums, add_bias, missing
+from jaxdiff.models.norm import BiasAdded, BiasPending, GroupNorm, Map, MapWithSums, Sums, add_bias, missing
 from jaxdiff.models.products import HALF
 
 Dtype = Any
@@ -37,9 +37,9 @@ def timestep_embedding(
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
 
-def owe(x: Lacking) -> Owing:
-    """With its bias, the gradient of which comes from whoever uses the map."""
-    return Owing(add_bias(x.x, jax.lax.stop_gradient(x.bias)), x.bias)
+def add_bias_deferred(x: BiasPending) -> BiasAdded:
+    """Add the bias as a constant; its gradient comes later, from whatever uses the map (`settle`, or the next norm)."""
+    return BiasAdded(add_bias(x.x, jax.lax.stop_gradient(x.bias)), x.bias)
 
 
 def convolve(
@@ -181,14 +181,14 @@ class Conv3x3(nn.Module):
         if added:
             bias = bias if offset is None else bias + offset
             y, sums = convolve_add(x, kernel, jax.lax.stop_gradient(bias), **added)
-            return Owing(y, bias, sums)
+            return BiasAdded(y, bias, sums)
         if self.form == "plain":
             y, sums = convolve_add(x, kernel)
         elif self.form == "up" and not forms.plain():
             y, sums = upsample_convolve(x, kernel)  # the only other one that may have sums
         else:
             y = FORMS[self.form][1 if forms.plain() else 0](x, kernel)
-        return Lacking(y, bias, sums) if self.bias_apart else add_bias(y, bias)
+        return BiasPending(y, bias, sums) if self.bias_apart else add_bias(y, bias)
 
 
 class Conv1x1(nn.Module):
@@ -248,7 +248,7 @@ class ResBlock(nn.Module):
         x: Sequence[Map],
         emb: Float[Array, "batch d"] | None = None,
         deterministic: bool = True,
-    ) -> tuple[Owing, list[Settled]]:
+    ) -> tuple[BiasAdded, list[MapWithSums]]:
         def norm(name: str) -> GroupNorm:
             return GroupNorm(self.norm_groups, self.eps, self.dtype, silu=True, name=name)
 
@@ -288,9 +288,9 @@ class Downsample(nn.Module):
     padding: tuple[int, int] = (1, 1)
 
     @nn.compact
-    def __call__(self, x: Float[Array, "batch h w c"]) -> Owing:
+    def __call__(self, x: Float[Array, "batch h w c"]) -> BiasAdded:
         form: Form = "down" if self.padding == (1, 1) else "down_after"
-        return owe(Conv3x3(self.features, self.dtype, form=form, bias_apart=True, name="conv")(x))
+        return add_bias_deferred(Conv3x3(self.features, self.dtype, form=form, bias_apart=True, name="conv")(x))
 
 
 class Upsample(nn.Module):
@@ -300,7 +300,7 @@ class Upsample(nn.Module):
     dtype: Dtype
 
     @nn.compact
-    def __call__(self, x: Float[Array, "batch h w c"]) -> Lacking:
+    def __call__(self, x: Float[Array, "batch h w c"]) -> BiasPending:
         return Conv3x3(self.features, self.dtype, form="up", bias_apart=True, name="conv")(x)
 
 

@@ -36,14 +36,14 @@ class Norm(NamedTuple):
 Sums = Float[Array, "batch some 2 c"]
 
 
-class Settled(NamedTuple):
+class MapWithSums(NamedTuple):
     """A map, and its sums where whoever made it, or normed it, had them at hand."""
 
     x: Float[Array, "*rest c"]
     sums: Sums | None = None
 
 
-class Owing(NamedTuple):
+class BiasAdded(NamedTuple):
     """A map, the bias [C] that has been added to it as a constant, and maybe its sums.
 
     The bias's gradient, a sum over all positions of the map's, is left to `settle`, or to a norm, which computes it
@@ -55,7 +55,7 @@ class Owing(NamedTuple):
     sums: Sums | None = None
 
 
-class Lacking(NamedTuple):
+class BiasPending(NamedTuple):
     """A map, the bias [C] that is yet to be added to it, by whoever uses it, where something is added anyway, and maybe
     its sums."""
 
@@ -64,7 +64,7 @@ class Lacking(NamedTuple):
     sums: Sums | None = None
 
 
-Stream = Owing | Lacking | Settled  # what blocks hand on
+Stream = BiasAdded | BiasPending | MapWithSums  # what blocks hand on
 Map = Float[Array, "*rest c"] | Stream
 
 
@@ -80,8 +80,8 @@ def sums_of(x: Map) -> Sums | None:
 
 def missing(parts: Sequence[Map]) -> Float[Array, " c"] | None:
     """What the parts' concatenation lacks; None where no part lacks anything."""
-    biases = [x.bias if isinstance(x, Lacking) else jnp.zeros(bare(x).shape[-1]) for x in parts]
-    return jnp.concatenate(biases) if any(isinstance(x, Lacking) for x in parts) else None
+    biases = [x.bias if isinstance(x, BiasPending) else jnp.zeros(bare(x).shape[-1]) for x in parts]
+    return jnp.concatenate(biases) if any(isinstance(x, BiasPending) for x in parts) else None
 
 
 def add_bias(x: Float[Array, "*rest c"], bias: Float[Array, " c"]) -> Float[Array, "*rest c"]:
@@ -90,11 +90,11 @@ def add_bias(x: Float[Array, "*rest c"], bias: Float[Array, " c"]) -> Float[Arra
 
 
 @jax.custom_jvp
-def _pay(x: Array, bias: Array) -> Array:
+def _with_bias_gradient(x: Array, bias: Array) -> Array:
     return x
 
 
-@_pay.defjvp
+@_with_bias_gradient.defjvp
 def _(primals: Any, tangents: Any) -> Any:
     dx, dbias = tangents
     # Rounded last, so that backward the sum over the positions is of float32.
@@ -102,15 +102,15 @@ def _(primals: Any, tangents: Any) -> Any:
 
 
 def settle(x: Map) -> Float[Array, "*rest c"]:
-    """The map, with the gradient of the bias that it may owe, and the bias that it may lack."""
-    if isinstance(x, Lacking):
+    """The map, with its bias added, and that bias's gradient."""
+    if isinstance(x, BiasPending):
         return add_bias(x.x, x.bias)
-    return _pay(x.x, x.bias) if isinstance(x, Owing) else bare(x)
+    return _with_bias_gradient(x.x, x.bias) if isinstance(x, BiasAdded) else bare(x)
 
 
-def keep(x: Map) -> Settled:
+def keep(x: Map) -> MapWithSums:
     """`settle(x)`, and its sums where they are known."""
-    return Settled(settle(x), None if isinstance(x, Lacking) else sums_of(x))
+    return MapWithSums(settle(x), None if isinstance(x, BiasPending) else sums_of(x))
 
 
 @functools.cache
@@ -128,7 +128,8 @@ class GroupNorm(nn.Module):
 
     There are `groups` groups, or the largest divisor of both where that does not divide the channels. Who uses the
     parts besides takes the returned ones, of which there are two for two uses: their gradients are then added up where
-    the norm's own are computed, and what a part owes is settled there. What it lacks the returned ones lack still.
+    the norm's own are computed, and so are those of biases that were added as constants. Biases that are pending are
+    still pending in the maps that are returned.
     Statistics are float32, and of the parts' sums where all of them have such; else the second of the returned ones
     have those that were computed. Source: Wu & He 2018 (arXiv 1803.08494).
 
@@ -147,8 +148,8 @@ class GroupNorm(nn.Module):
         offset: Float[Array, "#batch c"] | None = None,
         scale: Float[Array, "batch c"] | None = None,
         shift: Float[Array, "batch c"] | None = None,
-    ) -> tuple[Float[Array, "batch h w c"], list[Float[Array, "batch h w _"]], list[Settled]]:
-        owed = tuple(part.bias if isinstance(part, Owing) else None for part in parts)
+    ) -> tuple[Float[Array, "batch h w c"], list[Float[Array, "batch h w _"]], list[MapWithSums]]:
+        biases = tuple(part.bias if isinstance(part, BiasAdded) else None for part in parts)
         maps = [bare(part) for part in parts]
         channels, (b, h, w, _) = sum(x.shape[-1] for x in maps), maps[0].shape
         gamma = self.param("scale", nn.initializers.ones_init(), (channels,))
@@ -166,9 +167,9 @@ class GroupNorm(nn.Module):
         found = [sums_of(part) for part in parts]
         sums = tuple(s for s in found if s is not None)
         known = sums if len(sums) == len(parts) else ()
-        y, *uses, computed = (normalise if has_kernel() else reference)(norm, flat, offset, p, q, owed, known)
+        y, *uses, computed = (normalise if has_kernel() else reference)(norm, flat, offset, p, q, biases, known)
         own, others = ([x.reshape(b, h, w, -1) for x in use] for use in uses)
-        seen = [Settled(x, s) for x, s in zip(others, computed or found, strict=True)]
+        seen = [MapWithSums(x, s) for x, s in zip(others, computed or found, strict=True)]
         return y.reshape(b, h, w, channels), own, seen
 
 
@@ -178,17 +179,18 @@ def reference(
     offset: Array | None,
     p: Float[Array, "#b c"],
     q: Float[Array, "#b c"],
-    owed: tuple[Array | None, ...] = (),
+    biases: tuple[Array | None, ...] = (),
     sums: tuple[Sums, ...] = (),
 ) -> tuple[Float[Array, "b n c"], tuple[Array, ...], tuple[Array, ...], tuple[Sums, ...]]:
     """act(p x + q) of the normalised concatenation [B, N, C] plus offset, the parts twice, and no sums; left to XLA.
 
-    Offset, p and q are [B, C], or [1, C] for all images; `owed` is () or what each part owes, if it does; `sums`, () or
-    those of all parts, are constants, and not used here.
+    Offset, p and q are [B, C], or [1, C] for all images; `biases` is (), or each part's
+    bias that was added as a constant; `sums`, () or those of all parts, are constants, and not used here.
     """
     del sums
-    if owed:
-        parts = tuple(x if bias is None else _pay(x, bias) for x, bias in zip(parts, owed, strict=True))
+    if biases:
+        pairs = zip(parts, biases, strict=True)
+        parts = tuple(x if bias is None else _with_bias_gradient(x, bias) for x, bias in pairs)
     x = jnp.concatenate(parts, axis=-1).astype(jnp.float32)
     if offset is not None:
         x = x + offset[:, None]
@@ -208,7 +210,7 @@ def normalise(
     offset: Array | None,
     p: Float[Array, "#b c"],
     q: Float[Array, "#b c"],
-    owed: tuple[Array | None, ...] = (),
+    biases: tuple[Array | None, ...] = (),
     sums: tuple[Sums, ...] = (),
 ) -> tuple[Float[Array, "b n c"], tuple[Array, ...], tuple[Array, ...], tuple[Sums, ...]]:
     """`reference` by the kernels of `jaxdiff.models.norm_kernels`: forward's sums where the sums are not known.
@@ -225,28 +227,28 @@ def _forward(norm: Norm, *primals: Any) -> Any:
     from jaxdiff.models import norm_kernels
 
     values = jax.tree.map(lambda a: a.value, primals, is_leaf=lambda a: isinstance(a, CustomVJPPrimal))
-    parts, offset, p, q, owed, sums = values
+    parts, offset, p, q, biases, sums = values
     y, stats, computed = norm_kernels.forward(norm, parts, offset, p, q, sums)
-    return (y, parts, parts, tuple(computed)), (parts, offset, p, q, stats, owed, (None,) * len(sums))
+    return (y, parts, parts, tuple(computed)), (parts, offset, p, q, stats, biases, (None,) * len(sums))
 
 
 def _backward(norm: Norm, saved: Any, gradients: Any) -> Any:
     from jaxdiff.models import norm_kernels
 
-    parts, offset, p, q, stats, owed, no_sums = saved
+    parts, offset, p, q, stats, biases, no_sums = saved
     dy, *uses, _ = jax.tree.map(lambda g: None if isinstance(g, SymbolicZero) else g, gradients)
     if dy is None:
         dy = jnp.zeros(gradients[0].shape, gradients[0].dtype)
     kept = [use for use in uses if any(g is not None for g in use)]
-    total = any(bias is not None for bias in owed)
+    total = any(bias is not None for bias in biases)
     dparts, rows = norm_kernels.backward(norm, dy, kept, parts, offset, p, q, stats, total)
     sums = rows.sum(axis=0)  # one kernel for all of them
     vectors = [a for a in (p, q, offset) if a is not None]
     dp, dq, *doffset = (sums[i, None] if v.shape[0] == 1 else rows[:, i] for i, v in enumerate(vectors))
     if total:
-        paid = jnp.split(sums[-1], list(itertools.accumulate(part.shape[-1] for part in parts))[:-1])
-        owed = tuple(None if b is None else g.astype(b.dtype) for b, g in zip(owed, paid, strict=True))
-    return tuple(dparts), doffset[0] if doffset else None, dp, dq, owed, no_sums
+        dbiases = jnp.split(sums[-1], list(itertools.accumulate(part.shape[-1] for part in parts))[:-1])
+        biases = tuple(None if b is None else g.astype(b.dtype) for b, g in zip(biases, dbiases, strict=True))
+    return tuple(dparts), doffset[0] if doffset else None, dp, dq, biases, no_sums
 
 
 normalise.defvjp(_forward, _backward, symbolic_zeros=True)

@@ -133,7 +133,7 @@ class Tiles:
         return [triton.load(ref.at[channel]) for channel in self.channel]
 
     def store_vector(self, ref: Any, values: Sequence[Float[Array, " columns"]], row: int | None = None) -> None:
-        """Write that, or a row of `ref` [rows, C]."""
+        """Write numbers of the block's channels to `ref` [C], or to a row of `ref` [rows, C]."""
         for channel, value in zip(self.channel, values, strict=True):
             triton.store(ref.at[channel] if row is None else ref.at[row, channel], value)
 
@@ -168,7 +168,7 @@ class Tiles:
         return [read(ref, mask) for ref, mask in self._places(refs, step)]
 
     def store(self, refs: Any, step: Any, values: Sequence[Float[Array, "rows columns"]]) -> None:
-        """Write that, in the dtypes of `refs`."""
+        """Write a tile to `refs`, in their dtypes."""
         for (ref, mask), value in zip(self._places(refs, step), values, strict=True):
             triton.store(ref, value.astype(ref.dtype), mask=mask)
 

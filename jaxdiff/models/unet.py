@@ -17,11 +17,11 @@ from jaxdiff.models.layers import (
     Dtype,
     ResBlock,
     Upsample,
+    add_bias_deferred,
     average_pool,
-    owe,
     timestep_embedding,
 )
-from jaxdiff.models.norm import GroupNorm, Owing, Settled, Stream, keep, settle
+from jaxdiff.models.norm import BiasAdded, GroupNorm, MapWithSums, Stream, keep, settle
 
 
 def keep_products(primitive: Any, *args: Any, **params: Any) -> bool:
@@ -59,7 +59,7 @@ class UNet(nn.Module):
       resblock_updown: residual blocks change the resolution; else a strided, or after upsampling a plain, convolution.
       downsample_padding: of the strided one: 1 = on all sides; 0 = 1 on the bottom and on the right (DDPM's own code).
       mid_attention: whether attention blocks stand in the middle too.
-      norm_groups, norm_eps: of every GroupNorm, see `group_norm`. freq_shift: of `timestep_embedding`.
+      norm_groups, norm_eps: of every GroupNorm, see `norm.GroupNorm`. freq_shift: of `timestep_embedding`.
       cross_resolution: heights at which the up path, at a level's end, attends to `level_tokens` of all levels.
       qk_norm, attention_chunk: of all attention, see `Attention` and `attend`. remat: a name in `REMAT`.
       dtype: of the computation. Parameters, norm statistics and the output are float32.
@@ -115,11 +115,11 @@ class UNet(nn.Module):
 
         widths = [round(self.channels * m) for m in self.channel_mult]
         last = len(widths) - 1
-        h: Stream = owe(Conv3x3(widths[0], self.dtype, form="first", bias_apart=True, name="conv_in")(x))
-        skips: list[Settled] = []  # as whoever comes next has seen them: what they owe is settled there
+        h: Stream = add_bias_deferred(Conv3x3(widths[0], self.dtype, form="first", bias_apart=True, name="conv_in")(x))
+        skips: list[MapWithSums] = []  # as the next block's norm returns them
         maps: list[Array] = []
 
-        def down(features: int, name: str, resample: str = "") -> Owing:
+        def down(features: int, name: str, resample: str = "") -> BiasAdded:
             out, (seen,) = res(features, name, resample)((h,), emb, deterministic)
             skips.append(seen)
             return out

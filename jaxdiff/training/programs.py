@@ -47,7 +47,7 @@ class Program(NamedTuple):
 
 
 class Unknown(Exception):
-    """Of something that a step follows from it cannot be told whether it is the same as before."""
+    """What a step follows from holds something of which cannot be told whether it is the same as before."""
 
 
 def folder() -> pathlib.Path | None:

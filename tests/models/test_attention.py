@@ -7,7 +7,7 @@ import pytest
 
 from jaxdiff.models import UNet
 from jaxdiff.models.attention import Attention, attend
-from jaxdiff.models.norm import Owing, add_bias
+from jaxdiff.models.norm import BiasAdded, add_bias
 from jaxdiff.models.unet import REMAT
 from jaxdiff.training.flops import jaxpr_flops
 
@@ -111,7 +111,7 @@ def test_attention_across_levels():
         captured = across.apply({"params": params}, x, t, capture_intermediates=True)[1]["intermediates"]
         found = {name: captured[name]["__call__"][0] for name in added | {"conv_in", "down0_resample", "up0_res0"}}
         found |= {"conv_in": add_bias(*found["conv_in"][:2]), "up0_res0": found["up0_res0"][0]}
-        return {name: out.x if isinstance(out, Owing) else out for name, out in found.items()}
+        return {name: out.x if isinstance(out, BiasAdded) else out for name, out in found.items()}
 
     seen = jax.tree.map(np.asarray, apply(params))
     pooled = seen["conv_in"].reshape(2, 4, 2, 4, 2, 8).mean(axis=(2, 4)).reshape(2, 16, 8)

@@ -18,7 +18,7 @@ from jaxdiff.models.layers import (
     project_convolve,
     upsample,
 )
-from jaxdiff.models.norm import GroupNorm, Lacking, add_bias, settle
+from jaxdiff.models.norm import BiasPending, GroupNorm, add_bias, settle
 from jaxdiff.training.flops import count_flops
 
 KEY = jax.random.key(0, impl="rbg")
@@ -126,7 +126,7 @@ def test_what_a_map_lacks_is_added_by_whoever_uses_it(kind):
         return jax.value_and_grad(loss, argnums=(0, 1))(params, bias, map_of)
 
     params = block.init(KEY, x if kind == "attention" else parts)
-    (a, da), (b, db) = value_and_gradients(Lacking), value_and_gradients(add_bias)
+    (a, da), (b, db) = value_and_gradients(BiasPending), value_and_gradients(add_bias)
     np.testing.assert_allclose(a, b, rtol=1e-4)
     for one, two in zip(jax.tree.leaves(da), jax.tree.leaves(db), strict=True):
         np.testing.assert_allclose(one, two, rtol=1e-3, atol=1e-4 * max(1, np.abs(two).max()))

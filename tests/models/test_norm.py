@@ -15,7 +15,7 @@ from jaxdiff import mesh as meshes
 from jaxdiff import startup
 from jaxdiff.models import norm, norm_tiles
 from jaxdiff.models.layers import ResBlock
-from jaxdiff.models.norm import GroupNorm, Norm, Owing, add_bias, normalise, reference, settle
+from jaxdiff.models.norm import BiasAdded, GroupNorm, Norm, add_bias, normalise, reference, settle
 from jaxdiff.models.unet import REMAT
 
 KEY = jax.random.key(0, impl="rbg")
@@ -251,7 +251,7 @@ def test_what_is_owed_is_the_gradient_of_a_bias_that_is_added(by, kernels, monke
     params = module.init(KEY, (x,))
 
     def loss(bias, owing):
-        h = Owing(add_bias(x, jax.lax.stop_gradient(bias)), bias) if owing else add_bias(x, bias)
+        h = BiasAdded(add_bias(x, jax.lax.stop_gradient(bias)), bias) if owing else add_bias(x, bias)
         if by == "settle":
             h = settle(h)
         y, (h,), ((again, _),) = module.apply(params, (h,))  # and everyone else uses what that returns
