@@ -32,15 +32,13 @@ from benchmarks.techniques import set_fields
 from configs import ablations
 from jaxdiff import mesh as meshes
 from jaxdiff.config import check, files
-from jaxdiff.data import device_batches, load_source, train_batches
+from jaxdiff.data import load_source
 from jaxdiff.keys import named_key
 from jaxdiff.startup import start
-from jaxdiff.training.experiments import Experiment
+from jaxdiff.training.experiments import Experiment, read_batches, step_and_init
 from jaxdiff.training.logging import RunLogger
 from jaxdiff.training.loop import fit
-from jaxdiff.training.optimizer import recipe_optimizer
 from jaxdiff.training.stages import diffusion_stage
-from jaxdiff.training.step import make_init, make_train_step
 
 ROUNDS = 10  # of a second each, of the step alone
 LINES = 40  # of the log, about
@@ -49,16 +47,9 @@ PAUSES = ("validation", "checkpoint", "samples")
 
 def step_seconds(experiment: Experiment, config: ConfigDict, mesh: Mesh) -> float:
     """Seconds of a step on a batch that lies on the device."""
-    optimizer, schedule = recipe_optimizer(config, 1000)
-    objective, frozen = experiment.objective, meshes.put_replicated(experiment.objective.frozen, mesh)
-    options: dict[str, Any] = {"seed": config.seed, "ema_decay": config.ema_decay, "accumulate": config.accumulate}
-    step = make_train_step(objective, optimizer, schedule, mesh, **options)
-    state = make_init(experiment.init, optimizer, mesh, objective.critic, (), objective.memory)(
-        named_key(config.seed, "init")
-    )
-    reading = {"start": 0, "stop": 1, "flip": config.data.flip, "threads": 1}
-    batches = train_batches(experiment.train, seed=config.seed, batch_size=config.batch_size, **reading)
-    (batch,) = device_batches(batches, meshes.batch_sharding(mesh))
+    step, create = step_and_init(experiment, config, mesh)
+    state, frozen = create(named_key(config.seed, "init")), meshes.put_replicated(experiment.objective.frozen, mesh)
+    (batch,) = read_batches(experiment, config, mesh, 0, 1)
 
     def run(times: int) -> float:
         nonlocal state

@@ -12,10 +12,10 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxdiff.data.pipeline import device_batches, eval_batches
+from jaxdiff.data.pipeline import every_row
 from jaxdiff.data.records import RecordTable, Table, check_settings, fits_in_memory, read_manifest
 from jaxdiff.data.sources import Batch, Source
-from jaxdiff.mesh import barrier, batch_sharding, is_main, put_batch, to_host
+from jaxdiff.mesh import barrier, is_main, put_batch, to_host
 from jaxdiff.models import Posterior
 
 
@@ -176,15 +176,9 @@ def _posteriors(
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """(mean, logvar, label) of the rows of a `LatentSource`, a batch of images at a time."""
     orientations = 1 + encoding.mirrored
-    batches = eval_batches(
-        source,
-        batch_size=encoding.batch_size,
-        rows=range(rows.start // orientations, rows.stop // orientations),
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-    )
+    images = range(rows.start // orientations, rows.stop // orientations)
     mirror = put_batch(np.ones(encoding.batch_size, bool), mesh)
-    for batch in device_batches(batches, batch_sharding(mesh)):
+    for batch in every_row(source, mesh, batch_size=encoding.batch_size, rows=images):
         inputs = {"image": batch["image"]}
         views = [inputs, {**inputs, "mirror": mirror}][:orientations]
         posteriors = to_host([tuple(encoding.encode(view)) for view in views])

@@ -12,6 +12,7 @@ from absl import flags
 from jaxtyping import Bool, Int
 
 from jaxdiff.data.sources import Batch, Source
+from jaxdiff.mesh import batch_sharding
 
 EPOCH, FLIP = 0, 1  # streams of the seeded generator
 
@@ -80,6 +81,15 @@ def eval_batches(
         indices = np.arange(first, first + batch_size)[process_index * size : (process_index + 1) * size]
         batch = source.batch(np.minimum(indices, rows.stop - 1))
         yield {**batch, "weight": (indices < rows.stop).astype(np.float32)}
+
+
+def every_row(
+    source: Source, mesh: jax.sharding.Mesh, *, batch_size: int, rows: range | None = None
+) -> Iterator[dict[str, Any]]:
+    """The batches of `eval_batches` as global arrays, split over the mesh."""
+    index, count = jax.process_index(), jax.process_count()
+    batches = eval_batches(source, batch_size=batch_size, rows=rows, process_index=index, process_count=count)
+    return device_batches(batches, batch_sharding(mesh))
 
 
 def device_batches(

@@ -10,7 +10,7 @@ from jaxtyping import Array
 
 from jaxdiff import images
 from jaxdiff import mesh as meshes
-from jaxdiff.data import device_batches, eval_batches
+from jaxdiff.data import every_row
 from jaxdiff.data.sources import Source
 from jaxdiff.evaluation.frechet import Moments, frechet_distance
 from jaxdiff.models import AutoencoderKL, efficientnet, perceptual
@@ -65,9 +65,7 @@ def _compare(
         with jax.default_matmul_precision("highest"):  # as the features of all scores are
             return function(frozen, image, images.to_unit(images.to_uint8(decoded)))
 
-    index, count = jax.process_index(), jax.process_count()
-    batches = eval_batches(source, batch_size=BATCH * mesh.size, process_index=index, process_count=count)
-    for batch in device_batches(batches, meshes.batch_sharding(mesh)):
+    for batch in every_row(source, mesh, batch_size=BATCH * mesh.size):
         keep = meshes.to_host(batch["weight"]) > 0
         yield [rows[keep] for rows in meshes.to_host(run(params, frozen, batch["image"]))]
 

@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float, Int, UInt8
 
 from jaxdiff import mesh as meshes
 from jaxdiff.config import files
-from jaxdiff.data import device_batches, eval_batches
+from jaxdiff.data import every_row
 from jaxdiff.data.sources import Batch, Source
 from jaxdiff.evaluation.extractors import Extractor
 from jaxdiff.evaluation.frechet import Moments, Sums
@@ -95,10 +95,8 @@ class ImageSet:
         mesh, spatial = self._mesh, Moments(f"spatial features of {self.name}")
         params = meshes.put_replicated(self._extractor.params, mesh)
         size = BATCH.get(jax.default_backend(), CPU_BATCH) * mesh.size
-        index, count = jax.process_index(), jax.process_count()
-        batches = eval_batches(self.source, batch_size=size, process_index=index, process_count=count)
         pooled, logits = [], []
-        for batch in device_batches(batches, meshes.batch_sharding(mesh)):
+        for batch in every_row(self.source, mesh, batch_size=size):
             features = _program(self._extractor.apply)(params, batch["image"])
             if self._spatial:
                 spatial.add(features.spatial, batch["weight"])

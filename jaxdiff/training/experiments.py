@@ -1,6 +1,6 @@
 """What is trained in a stage: the autoencoder, or the UNet in pixels or latents."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -13,16 +13,17 @@ from ml_collections import ConfigDict
 from jaxdiff import images
 from jaxdiff import mesh as meshes
 from jaxdiff.build import build_autoencoder
-from jaxdiff.data import Source
+from jaxdiff.data import Source, device_batches, train_batches
 from jaxdiff.diffusion import TIMES, WEIGHTINGS
 from jaxdiff.generator import Decoder, Generator
 from jaxdiff.models.discriminator import PatchDiscriminator
 from jaxdiff.models.perceptual import load_perceptual
 from jaxdiff.samples import columns, label_names, sample_labels
 from jaxdiff.training.adversarial import Adversary, autoencoder_objective
+from jaxdiff.training.averages import updates
 from jaxdiff.training.objectives import Recipe, diffusion_objective
-from jaxdiff.training.optimizer import total_steps
-from jaxdiff.training.step import Objective
+from jaxdiff.training.optimizer import recipe_optimizer, total_steps
+from jaxdiff.training.step import Objective, TrainStep, make_init, make_train_step
 
 GRID_IMAGES = 40  # in the grids that are logged during training
 
@@ -93,6 +94,42 @@ def diffusion_experiment(
         return images.grid(generator(params, config.sample, labels), columns(labels))
 
     return Experiment("diffusion", init, objective, train, val, meta, render), generator
+
+
+def step_and_init(experiment: Experiment, config: ConfigDict, mesh: Mesh) -> tuple[TrainStep, jax.stages.Wrapped]:
+    """The training step of an experiment by the recipe `config`, and key -> its first state."""
+    objective, others = experiment.objective, updates(config)
+    optimizer, schedule = recipe_optimizer(config, total_steps(config, len(experiment.train)))
+    step = make_train_step(
+        objective,
+        optimizer,
+        schedule,
+        mesh,
+        seed=config.seed,
+        ema_decay=config.ema_decay,
+        accumulate=config.accumulate,
+        averages=others,
+    )
+    return step, make_init(experiment.init, optimizer, mesh, objective.critic, others, objective.memory)
+
+
+def read_batches(
+    experiment: Experiment, config: ConfigDict, mesh: Mesh, start: int, stop: int
+) -> Iterator[dict[str, Any]]:
+    """The training batches of steps [start, stop) as global arrays, read as `config.data` says."""
+    batches = train_batches(
+        experiment.train,
+        seed=config.seed,
+        batch_size=config.batch_size,
+        start=start,
+        stop=stop,
+        flip=config.data.flip,
+        threads=config.data.threads,
+        workers=config.data.workers,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+    return device_batches(batches, meshes.batch_sharding(mesh))
 
 
 def autoencoder_experiment(config: ConfigDict, train: Source, val: Source, mesh: Mesh) -> Experiment:

@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from jaxdiff import images
 from jaxdiff import mesh as meshes
 from jaxdiff.build import compute_dtype
-from jaxdiff.data import device_batches, eval_batches, train_batches
+from jaxdiff.data import every_row
 from jaxdiff.errors import ConfigError, Stopped, shortened
 from jaxdiff.keys import named_key
 from jaxdiff.mesh import say
@@ -23,12 +23,12 @@ from jaxdiff.training import averages
 from jaxdiff.training.checkpoint import MONITOR, Checkpoints
 from jaxdiff.training.compiling import Compiling, abstract_batch
 from jaxdiff.training.environment import record_compilation
-from jaxdiff.training.experiments import Experiment
+from jaxdiff.training.experiments import Experiment, read_batches, step_and_init
 from jaxdiff.training.flops import least_step_time
 from jaxdiff.training.logging import RunLogger, StepTimer
-from jaxdiff.training.optimizer import recipe_optimizer, total_steps
+from jaxdiff.training.optimizer import total_steps
 from jaxdiff.training.snapshots import Snapshots, state_weights
-from jaxdiff.training.step import TrainState, abstract_state, formats, make_eval_step, make_init, make_train_step
+from jaxdiff.training.step import TrainState, abstract_state, formats, make_eval_step
 
 
 class StopSignal:
@@ -108,30 +108,17 @@ def _fit(
     stop_at: int | None,
 ) -> Result:
     total = total_steps(config, len(experiment.train))
-    optimizer, schedule = recipe_optimizer(config, total)
-    frozen = meshes.put_replicated(experiment.objective.frozen, mesh)
-    others, power = averages.updates(config), averages.widths(config)
-    inner = (experiment.objective.critic, others, experiment.objective.memory)
-    train_step = make_train_step(
-        experiment.objective,
-        optimizer,
-        schedule,
-        mesh,
-        seed=config.seed,
-        ema_decay=config.ema_decay,
-        accumulate=config.accumulate,
-        averages=others,
-    )
+    frozen, power = meshes.put_replicated(experiment.objective.frozen, mesh), averages.widths(config)
     validator = Validator(experiment, config, mesh, frozen)
 
     snapshots = Snapshots(workdir)
-    create, key = make_init(experiment.init, optimizer, mesh, *inner), named_key(config.seed, "init")
+    train_step, create = step_and_init(experiment, config, mesh)
     abstract = abstract_state(create, mesh)
     start, compiling = 0, None
     if (checkpoints.latest or 0) < total:
         compiling = Compiling(train_step, abstract, abstract_batch(experiment.train, config, mesh), frozen)
     if checkpoints.latest is None:
-        state = create(key)
+        state = create(named_key(config.seed, "init"))
     else:
         state, meta = checkpoints.restore(abstract)
         state = jax.device_put(state, formats(state, mesh))
@@ -165,21 +152,7 @@ def _fit(
             logger.images(step, {"raw_left_ema_right": sheet})
             images.save_png(workdir / "samples" / f"{experiment.stage}-{step:07d}-raw-ema.png", sheet)
 
-    batches = device_batches(
-        train_batches(
-            experiment.train,
-            seed=config.seed,
-            batch_size=config.batch_size,
-            start=start,
-            stop=total,
-            flip=config.data.flip,
-            threads=config.data.threads,
-            workers=config.data.workers,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
-        ),
-        meshes.batch_sharding(mesh),
-    )
+    batches = read_batches(experiment, config, mesh, start, total)
     pending: tuple[int, dict[str, Any]] | None = None
     least = None
     with StopSignal() as stop, contextlib.closing(checkpoints):  # it waits for what is being saved, come what may
@@ -255,10 +228,8 @@ class Validator:
 
     def __call__(self, params: Any) -> dict[str, float]:
         """{"val_loss": mean, "val_<metric>": mean, ...} at the parameters."""
-        index, count = jax.process_index(), jax.process_count()
-        batches = eval_batches(self._source, batch_size=self._batch_size, process_index=index, process_count=count)
         sums: dict[str, float] = {}
-        for i, batch in enumerate(device_batches(batches, meshes.batch_sharding(self._mesh))):
+        for i, batch in enumerate(every_row(self._source, self._mesh, batch_size=self._batch_size)):
             for name, value in self._step(params, batch, jnp.int32(i), self._frozen).items():
                 sums[name] = sums.get(name, 0.0) + float(value)
         weight = sums.pop("weight")

@@ -8,11 +8,9 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from jaxdiff import mesh as meshes
-from jaxdiff.data import device_batches, train_batches
-from jaxdiff.training.averages import updates
-from jaxdiff.training.experiments import Experiment
-from jaxdiff.training.optimizer import recipe_optimizer, total_steps
-from jaxdiff.training.step import init_state, make_train_step
+from jaxdiff.keys import named_key
+from jaxdiff.training.experiments import Experiment, read_batches, step_and_init
+from jaxdiff.training.optimizer import total_steps
 
 WARM, TIMED = 2, 8  # steps before the clock starts, and under it
 
@@ -33,26 +31,11 @@ class Length(NamedTuple):
 
 def measure_pace(experiment: Experiment, config: ConfigDict, mesh: Mesh) -> Pace:
     """Compile a stage's training step and time a few of them on its first batches; nothing is kept."""
-    optimizer, schedule = recipe_optimizer(config, total_steps(config, len(experiment.train)))
-    objective, frozen = experiment.objective, meshes.put_replicated(experiment.objective.frozen, mesh)
-    options = {"seed": config.seed, "ema_decay": config.ema_decay, "accumulate": config.accumulate}
-    others = updates(config)
-    step = make_train_step(objective, optimizer, schedule, mesh, averages=others, **options)
-    state = init_state(experiment.init, optimizer, config.seed, mesh, objective.critic, others, objective.memory)
-    batches = train_batches(
-        experiment.train,
-        seed=config.seed,
-        batch_size=config.batch_size,
-        start=0,
-        stop=WARM + TIMED,
-        flip=config.data.flip,
-        threads=config.data.threads,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-    )
+    step, create = step_and_init(experiment, config, mesh)
+    state, frozen = create(named_key(config.seed, "init")), meshes.put_replicated(experiment.objective.frozen, mesh)
     compiled = None
     begin = time.perf_counter()
-    for k, batch in enumerate(device_batches(batches, meshes.batch_sharding(mesh))):
+    for k, batch in enumerate(read_batches(experiment, config, mesh, 0, WARM + TIMED)):
         if compiled is None:
             begin = time.perf_counter()
             compiled = step.lower(state, batch, frozen).compile()

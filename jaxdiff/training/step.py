@@ -72,19 +72,6 @@ class Objective(NamedTuple):
     memory: Memory | None = None
 
 
-def init_state(
-    init: Callable[[PRNGKeyArray], Params],
-    optimizer: optax.GradientTransformation,
-    seed: int,
-    mesh: Mesh,
-    critic: Critic | None = None,
-    averages: Iterable[str] = (),
-    memory: Memory | None = None,
-) -> TrainState:
-    """State of step 0, on all devices."""
-    return make_init(init, optimizer, mesh, critic, averages, memory)(named_key(seed, "init"))
-
-
 def formats(state: Any, mesh: Mesh, gpu: bool | None = None) -> Any:
     """How a state, or its shapes, lies on all devices: a tree of shardings, or of these with a layout.
 

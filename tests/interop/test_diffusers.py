@@ -13,11 +13,12 @@ from jaxdiff import startup
 from jaxdiff.data.latents import params_hash
 from jaxdiff.errors import ConfigError
 from jaxdiff.interop.diffusers import WEIGHTS, load_autoencoder, save_autoencoder
+from jaxdiff.keys import named_key
 from jaxdiff.models import AutoencoderKL
 from jaxdiff.training.checkpoint import Checkpoints
 from jaxdiff.training.optimizer import lr_schedule, make_optimizer
 from jaxdiff.training.stages import run_train
-from jaxdiff.training.step import init_state
+from jaxdiff.training.step import make_init
 from tests.interop.golden import CONFIGS, PATH, weights
 
 GOLDEN = dict(np.load(PATH))
@@ -168,7 +169,9 @@ def test_import_encode_and_export(tiny, tmp_path):
         run_train(vae, tmp_path / "run")
     # What training restores, without the minute of compiling it.
     optimizer = make_optimizer(lr_schedule(1.0, 2), vae.weight_decay, vae.clip_norm)
-    abstract = jax.eval_shape(lambda: init_state(lambda key: params, optimizer, 0, meshes.make_mesh()))
+    abstract = jax.eval_shape(
+        lambda: make_init(lambda key: params, optimizer, meshes.make_mesh())(named_key(0, "init"))
+    )
     sharding = meshes.replicated(meshes.make_mesh())
     abstract = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), abstract)
     state, meta = Checkpoints(tmp_path / "run").restore(abstract)

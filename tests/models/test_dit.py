@@ -16,7 +16,7 @@ from jaxdiff.models.dit import DITS, DiTBlock, stacked
 from jaxdiff.models.layers import count_params
 from jaxdiff.training.flops import count_flops
 from jaxdiff.training.objectives import Recipe, diffusion_objective
-from jaxdiff.training.step import init_state, make_train_step
+from jaxdiff.training.step import make_init, make_train_step
 from tests.test_autoguidance import save
 
 KEY = jax.random.key(0, impl="rbg")  # compiles faster than threefry
@@ -226,7 +226,7 @@ def test_training_reaches_every_parameter(small, new):
         MODEL.clone(dropout=0.0), make_schedule("linear"), Recipe(label_dropout=0.1), null_label=4
     )
     step = make_train_step(objective, optimizer, lambda n: 1e-2, mesh, seed=0, ema_decay=0.9)
-    state = init_state(lambda key: new, optimizer, 0, mesh)
+    state = make_init(lambda key: new, optimizer, mesh)(jax.random.key(0))
     rng = np.random.default_rng(0)
     batch = {"image": rng.integers(0, 256, (8, 4, 8, 3), np.uint8), "label": np.arange(8, dtype=np.int32) % 4}
     losses = []

@@ -18,7 +18,7 @@ from jaxdiff.training import adversarial, experiments
 from jaxdiff.training.adversarial import Adversary, autoencoder_objective
 from jaxdiff.training.optimizer import make_optimizer
 from jaxdiff.training.stages import run_train
-from jaxdiff.training.step import init_state, make_train_step
+from jaxdiff.training.step import make_init, make_train_step
 from tests.training.test_resume import leaves, records
 
 
@@ -161,7 +161,7 @@ def run(devices, accumulate=1, start=1, lr=1e-2, steps=3):
     mesh = jax.make_mesh((devices,), ("data",), devices=jax.devices()[:devices])
     objective, optimizer = objective_of(start), make_optimizer(lambda n: lr, 0.0, 1e9, (0.5, 0.9))
     shapes = jnp.zeros((1, 16, 16, 3)), jnp.zeros((1, 8, 8, 2))
-    state = init_state(lambda key: MODEL.init(key, *shapes), optimizer, 0, mesh, objective.critic)
+    state = make_init(lambda key: MODEL.init(key, *shapes), optimizer, mesh, objective.critic)(jax.random.key(0))
     step = make_train_step(objective, optimizer, lambda n: lr, mesh, seed=0, ema_decay=0.9, accumulate=accumulate)
     states, metrics = [jax.tree.map(np.asarray, state)], []
     for k in range(steps):

@@ -75,7 +75,7 @@ def test_data_that_fail_meanwhile_end_the_run(tiny, tmp_path, monkeypatch):
     def unreadable(*args, **kwargs):
         raise OSError("unreadable")
 
-    monkeypatch.setattr("jaxdiff.training.loop.train_batches", unreadable)
+    monkeypatch.setattr("jaxdiff.training.experiments.train_batches", unreadable)
     config = tiny("ddpm")
     config.model.update(channel_mult=(1,), attention_resolutions=(), mid_attention=False, context_tokens=0)
     with pytest.raises(OSError, match="unreadable"):

@@ -15,7 +15,7 @@ from jaxdiff.models.attention import attend
 from jaxdiff.training import flops
 from jaxdiff.training.flops import count_flops, jaxpr_flops, least_step_time, matmul_peak, readable
 from jaxdiff.training.objectives import Recipe, diffusion_objective
-from jaxdiff.training.step import init_state, make_train_step
+from jaxdiff.training.step import make_init, make_train_step
 
 
 def array(*shape, dtype=jnp.float32):
@@ -191,7 +191,7 @@ def unet_steps(tiny):
     def init(key):
         return unet.init(key, jnp.zeros(x.shape), jnp.zeros(16, jnp.int32), jnp.zeros(16, jnp.int32))
 
-    state = jax.eval_shape(lambda: init_state(init, optimizer, 0, mesh))
+    state = jax.eval_shape(make_init(init, optimizer, mesh), jax.random.key(0))
     batch = {"image": array(16, 8, 8, 3, dtype=jnp.uint8), "label": label}
     settings = {"mesh": mesh, "seed": 0, "ema_decay": 0.9}
     steps = [

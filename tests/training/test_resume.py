@@ -15,7 +15,7 @@ from jaxdiff.config import files
 from jaxdiff.data import train_batches
 from jaxdiff.errors import ConfigError, Interrupted, Stopped
 from jaxdiff.evaluation.records import read_scores
-from jaxdiff.training import loop, stages, step
+from jaxdiff.training import experiments, loop, stages, step
 from jaxdiff.training.checkpoint import STATE_ITEMS, Checkpoints
 from jaxdiff.training.stages import run_train
 from jaxdiff.training.step import formats
@@ -220,7 +220,7 @@ def test_a_run_whose_readers_die_of_its_signal_is_saved(tiny, tmp_path, monkeypa
                 raise RuntimeError("Worker process was terminated unexpectedly")
             yield batch
 
-    monkeypatch.setattr(loop, "train_batches", dying)
+    monkeypatch.setattr(experiments, "train_batches", dying)
     config = config_of(tiny)
     with pytest.raises(Stopped, match="stopped and saved at step [0-3] of 20") as stopped:
         run_train(config, tmp_path / "run")

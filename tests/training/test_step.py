@@ -15,7 +15,7 @@ from jaxdiff.diffusion import make_schedule
 from jaxdiff.keys import named_key
 from jaxdiff.training.objectives import Recipe, diffusion_objective
 from jaxdiff.training.optimizer import clip_by_global_norm, global_norm, lr_schedule, make_optimizer
-from jaxdiff.training.step import Objective, init_state, make_eval_step, make_train_step
+from jaxdiff.training.step import Objective, make_eval_step, make_init, make_train_step
 
 GOLDEN = pathlib.Path(__file__).parent.parent / "golden" / "train_step.json"
 SEED, BATCH = 7, 16
@@ -39,7 +39,7 @@ def toy_run(devices=1, accumulate=1, steps=3, lr=0.1, clip_norm=1.0, ema_decay=0
     mesh = mesh_of(devices)
     schedule = lr_schedule(lr, 10, 2)
     optimizer = make_optimizer(schedule, 0.01, clip_norm)
-    state = init_state(lambda key: {"w": jax.random.normal(key, (3,))}, optimizer, SEED, mesh)
+    state = make_init(lambda key: {"w": jax.random.normal(key, (3,))}, optimizer, mesh)(named_key(SEED, "init"))
     objective = Objective(prepare, loss)
     step = make_train_step(objective, optimizer, schedule, mesh, seed=SEED, ema_decay=ema_decay, accumulate=accumulate)
     states, metrics = [jax.tree.map(np.asarray, state)], []
@@ -98,7 +98,7 @@ def test_parts_and_devices_do_not_matter(reference, settings):
 def test_state_counts_its_steps_and_is_donated():
     mesh = mesh_of(2)
     optimizer = optax.sgd(0.1)
-    state = init_state(lambda key: {"w": jnp.ones(3)}, optimizer, 0, mesh)
+    state = make_init(lambda key: {"w": jnp.ones(3)}, optimizer, mesh)(named_key(0, "init"))
     step = make_train_step(Objective(prepare, loss), optimizer, lambda n: 0.1, mesh, seed=0, ema_decay=0.5)
     new, _ = step(state, meshes.put_batch({"x": np.ones((4, 3), np.float32)}, mesh), ())
     assert int(new.step) == 1 and state.params["w"].is_deleted()
@@ -137,7 +137,7 @@ def unet_run(tiny, devices, start=None):
     optimizer = make_optimizer(schedule, 1e-4, 1.0)
     one = jnp.zeros((1,), jnp.int32)
     init = (lambda key: start) if start else (lambda key: unet.init(key, jnp.zeros((1, 8, 8, 3)), one, one))
-    state = init_state(init, optimizer, SEED, mesh)
+    state = make_init(init, optimizer, mesh)(named_key(SEED, "init"))
     start = jax.tree.map(np.asarray, state.params)
     objective = diffusion_objective(unet, make_schedule("linear"), Recipe(label_dropout=0.1), null_label=10)
     step = make_train_step(objective, optimizer, schedule, mesh, seed=SEED, ema_decay=0.99)

@@ -17,7 +17,7 @@ from jaxdiff.errors import Stopped
 from jaxdiff.generator import Generator
 from jaxdiff.training.checkpoint import Checkpoints
 from jaxdiff.training.stages import run_train
-from jaxdiff.training.step import Memory, Objective, init_state, make_train_step
+from jaxdiff.training.step import Memory, Objective, make_init, make_train_step
 
 
 def test_memory_is_the_same_in_parts():
@@ -34,7 +34,7 @@ def test_memory_is_the_same_in_parts():
     for accumulate in (1, 2):
         objective, optimizer = Objective(prepare, loss, memory=memory), optax.sgd(0.1)
         step = make_train_step(objective, optimizer, lambda n: 0.1, mesh, seed=0, ema_decay=0.9, accumulate=accumulate)
-        state = init_state(lambda key: jnp.ones(()), optimizer, 0, mesh, memory=memory)
+        state = make_init(lambda key: jnp.ones(()), optimizer, mesh, memory=memory)(jax.random.key(0))
         batch = meshes.put_batch({"x": np.arange(8, dtype=np.float32)}, mesh)
         state, first = step(state, batch, ())
         np.testing.assert_array_equal(state.memory, 2 * np.arange(8))
