@@ -8,6 +8,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from jaxdiff.errors import ConfigError, Interrupted, Stopped
+from jaxdiff.interrupts import on_interrupt
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 MODES = {
@@ -112,6 +113,7 @@ def run(argv: list[str]) -> None:
 
 def main() -> None:
     """Entry point; what a user can mend ends in one line and exit status 2, a stop on request in 128 + signal."""
+    on_interrupt()
     try:
         app.run(run, flags_parser=parse)
     except ConfigError as error:

@@ -105,6 +105,7 @@ ADDED_FIELDS = {
     "eval.every": 0,
     "eval.every_num": 100,
 }
+STARTS = "starts.jsonl"
 WORKDIR = "{workdir}"  # in autoencoder.path: the run's own, wherever that is moved to
 FREE_RECIPE_FIELDS = ("log_every", "sample_every", "checkpoint_every", "keep")
 
@@ -144,9 +145,14 @@ def write_json(path: pathlib.Path, value: Any) -> None:
 
 
 @contextlib.contextmanager
-def training_in(workdir: pathlib.Path) -> Iterator[None]:
-    """Hold the lock of training in a workdir among this machine's processes. Raises: ConfigError where another does."""
-    handle = os.open(workdir / "starts.jsonl", os.O_RDONLY | os.O_CREAT, 0o644)  # which is never replaced
+def training_in(config: ConfigDict, workdir: pathlib.Path) -> Iterator[None]:
+    """Make `workdir` this config's, as `claim_workdir`, and be alone of this machine's processes in training there.
+
+    Raises: ConfigError as that, or where another process is training there, whose config is left as it is.
+    """
+    check_workdir(config, workdir)
+    workdir.mkdir(parents=True, exist_ok=True)
+    handle = os.open(workdir / STARTS, os.O_RDONLY | os.O_CREAT, 0o644)  # which is never replaced
     try:
         if fcntl is not None:
             with contextlib.suppress(OSError):  # a file system without locks
@@ -154,6 +160,7 @@ def training_in(workdir: pathlib.Path) -> Iterator[None]:
                     fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except BlockingIOError:
                     raise ConfigError(f"--workdir={workdir}: another process is training there") from None
+        claim_workdir(config, workdir)
         yield
     finally:
         os.close(handle)
@@ -251,7 +258,7 @@ def check_workdir(config: ConfigDict, workdir: pathlib.Path, may_change: Callabl
                     f"config.{field} = {new.get(field)!r}: {workdir} was made with {old.get(field)!r}; "
                     "use that, or give another --workdir"
                 )
-    elif workdir.exists() and (not workdir.is_dir() or any(workdir.iterdir())):
+    elif workdir.exists() and not (workdir.is_dir() and all(path.name == STARTS for path in workdir.iterdir())):
         raise ConfigError(f"--workdir={workdir}: exists and is not a jaxdiff workdir; give another")
 
 

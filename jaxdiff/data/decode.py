@@ -36,10 +36,11 @@ def decode_into(data: bytes, out: UInt8[np.ndarray, "size size 3"]) -> None:
                 return
         except ValueError:
             pass  # it is strict: Pillow knows what can be recovered
-    out[...] = center_crop(_open(data), size)
+    out[...] = center_crop(open_image(data), size)
 
 
-def _open(data: bytes) -> Image.Image:
+def open_image(data: bytes) -> Image.Image:
+    """An image file's bytes as RGB of the image's own size, otherwise as in `decode_into`. Raises: Unreadable."""
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as file:
             if file.width * file.height > MAX_PIXELS:

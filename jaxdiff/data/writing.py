@@ -93,8 +93,6 @@ def write_locked(root: pathlib.Path, plan: Plan, *, threads: int, what: str) -> 
     if manifest is not None:
         check_settings(root, manifest, plan.settings)
         return manifest
-    if any(root.iterdir()) and not _begun(root):
-        raise ConfigError(f"{root}: exists and holds something else; name another folder")
     try:
         partial = _open_partial(root, plan)
         # In a file the bar is a line now and then.
@@ -127,7 +125,9 @@ def pending_shards(root: pathlib.Path, plan: Plan) -> list[Shard]:
 
 
 def _open_partial(root: pathlib.Path, plan: Plan) -> pathlib.Path:
-    """The folder of finished shards, emptied where they are of another plan."""
+    """The folder of finished shards, emptied where they are of another plan; ConfigError where `root` is not ours."""
+    if any(root.iterdir()) and not _begun(root):
+        raise ConfigError(f"{root}: exists and holds something else; name another folder")
     partial = root / "partial"
     wanted = json.loads(json.dumps({"settings": plan.settings, "splits": plan.splits}))
     path = partial / "plan.json"

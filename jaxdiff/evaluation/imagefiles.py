@@ -5,8 +5,9 @@ import pathlib
 
 import numpy as np
 from jaxtyping import Int, UInt8
-from PIL import Image, UnidentifiedImageError
 
+from jaxdiff.data.decode import Unreadable, open_image
+from jaxdiff.data.encoded import reason
 from jaxdiff.data.npz import read_npz
 from jaxdiff.errors import ConfigError
 
@@ -16,8 +17,8 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 def read_images(path: pathlib.Path, field: str) -> tuple[UInt8[np.ndarray, "n h w 3"], Int[np.ndarray, " n"] | None]:
     """The images, and the labels where there are any, of a folder or of an .npz as ADM writes it.
 
-    A folder's images lie in it and in its subfolders, and are taken in the order of their paths. An .npz has images as
-    arr_0 (or images), labels as arr_1 (or labels).
+    A folder's images lie in it and in its subfolders, are taken in the order of their paths, and are read as those that
+    are trained on. An .npz has images as arr_0 (or images), labels as arr_1 (or labels).
     Raises: ConfigError beginning with `field` for a path without images, what is not readable, or images of several
     sizes.
     """
@@ -30,30 +31,28 @@ def read_images(path: pathlib.Path, field: str) -> tuple[UInt8[np.ndarray, "n h 
 
 
 def _folder(path: pathlib.Path, field: str) -> UInt8[np.ndarray, "n h w 3"]:
-    files = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+    files = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file() and p.name[0] != ".")
     if not files:
         raise ConfigError(f"{field} = {str(path)!r}: no images ({', '.join(SUFFIXES)}) in this folder")
 
-    def size(file: pathlib.Path) -> tuple[int, int]:
+    def read(file: pathlib.Path) -> UInt8[np.ndarray, "h w 3"]:
         try:
-            with Image.open(file) as image:
-                return image.size
-        except (OSError, UnidentifiedImageError) as error:
-            raise ConfigError(f"{field}: {file} cannot be read as an image ({error})") from None
+            return np.asarray(open_image(file.read_bytes()))
+        except (OSError, Unreadable) as error:
+            raise ConfigError(f"{field}: {file} cannot be read as an image ({reason(error)})") from None
 
-    width, height = size(files[0])
-    images = np.empty((len(files), height, width, 3), np.uint8)
+    first = read(files[0])
+    images = np.empty((len(files), *first.shape), np.uint8)
 
-    def read(k: int) -> None:
-        if (other := size(files[k])) != (width, height):
-            sizes = f"{files[0].name} {width}x{height}, {files[k].name} {other[0]}x{other[1]}"
+    def fill(k: int) -> None:
+        image = read(files[k])
+        if image.shape != first.shape:
+            sizes = (
+                f"{files[0].name} {first.shape[1]}x{first.shape[0]}, {files[k].name} {image.shape[1]}x{image.shape[0]}"
+            )
             raise ConfigError(f"{field}: the images of {path} must have one size; {sizes}")
-        try:
-            with Image.open(files[k]) as image:
-                images[k] = np.asarray(image.convert("RGB"))
-        except OSError as error:
-            raise ConfigError(f"{field}: {files[k]} cannot be read as an image ({error})") from None
+        images[k] = image
 
     with concurrent.futures.ThreadPoolExecutor() as pool:
-        list(pool.map(read, range(len(files))))
+        list(pool.map(fill, range(len(files))))
     return images

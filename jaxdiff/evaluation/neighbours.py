@@ -4,6 +4,7 @@ import numpy as np
 from jaxtyping import Float, UInt8
 from PIL import Image, ImageDraw
 
+from jaxdiff.data.decode import center_crop
 from jaxdiff.data.sources import Source
 from jaxdiff.evaluation.judge import Judge
 from jaxdiff.evaluation.manifold import nearest
@@ -29,6 +30,8 @@ def neighbours_sheet(judge: Judge, samples: UInt8[np.ndarray, "n h w 3"]) -> UIn
     chosen = np.argsort(far[:, 0], kind="stable")[:count]
     by_features, far = by_features[chosen], far[chosen]
     shown = samples[chosen]
+    if shown.shape[1:] != (there := train.images(by_features[0, :1])).shape[1:]:  # images of another project
+        shown = np.stack([center_crop(Image.fromarray(image), there.shape[1]) for image in shown])
     by_pixels, off = nearest(reduced(shown), _all_reduced(train.source), SHOWN, mesh)
     off = off / np.sqrt(reduced(shown).shape[1])
     rows = [

@@ -15,6 +15,7 @@ from jaxdiff.data import load_source
 from jaxdiff.errors import Interrupted
 from jaxdiff.evaluation.evaluate import run_evaluate
 from jaxdiff.evaluation.records import read_scores
+from jaxdiff.interrupts import raising
 from jaxdiff.ladder.results import write_results
 from jaxdiff.ladder.rungs import FILE, check_workdir, read_ladder, rung_config, rung_names, scorings
 from jaxdiff.mesh import say
@@ -141,11 +142,7 @@ class _Interruptible:
 
     def __enter__(self) -> None:
         numbers = (signal.SIGTERM, signal.SIGINT) if jax.process_count() == 1 else ()
-        self._old = {number: signal.signal(number, self._stop) for number in numbers}
-
-    @staticmethod
-    def _stop(signum: int, frame: Any) -> None:
-        raise Interrupted(signum)
+        self._old = {number: signal.signal(number, raising(Interrupted)) for number in numbers}
 
     def __exit__(self, *error: Any) -> None:
         for number, old in self._old.items():

@@ -55,8 +55,7 @@ def run_train(config: ConfigDict, workdir: pathlib.Path, *, stop_at: int | None 
         judge.check(config.eval.num or config.sample.num)
     with contextlib.ExitStack() as held:
         if meshes.is_main():  # not before the data were found and all is checked: a mistake leaves nothing behind
-            files.claim_workdir(config, workdir)
-            held.enter_context(files.training_in(workdir))
+            held.enter_context(files.training_in(config, workdir))
             record_start(workdir, mesh)
         meshes.barrier("workdir")
         scores = _run_stages(config, workdir, train, val, mesh, judge, stop_at)
@@ -192,9 +191,6 @@ def run_encode(config: ConfigDict, workdir: pathlib.Path) -> None:
 def run_import(config: ConfigDict, workdir: pathlib.Path, params: Any, train: Source, val: Source) -> None:
     """Make the workdir of a training of `config` that has these parameters, and no step behind it."""
     mesh = meshes.make_mesh()
-    if meshes.is_main():
-        files.claim_workdir(config, workdir)
-    meshes.barrier("imported")
     if config.experiment == "vae":
         experiment = autoencoder_experiment(config, train, val, mesh)
     else:
@@ -210,6 +206,9 @@ def run_import(config: ConfigDict, workdir: pathlib.Path, params: Any, train: So
     position = {"batches": 0, "images": len(train)}
     checkpoints.save(state, {**experiment.meta, "data": position})
     checkpoints.close()
+    if meshes.is_main():  # last of all: what was interrupted is no workdir, in which training would begin anew
+        files.save(config, workdir / "config.json")
+    meshes.barrier("imported")
 
 
 def _finish(

@@ -102,6 +102,16 @@ def test_other_latents_are_refused_and_left_alone(tmp_path, change, field):
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == files
 
 
+@pytest.mark.parametrize("name", ["holiday.jpg", "partial/thesis.txt"])
+def test_a_folder_of_something_else_is_left_alone(tmp_path, name):
+    own = tmp_path / "mine" / name
+    own.parent.mkdir(parents=True)
+    own.write_text("precious")
+    with pytest.raises(ConfigError, match="mine: exists and holds something else; name another folder"):
+        encode(tmp_path / "mine")
+    assert [path for path in (tmp_path / "mine").rglob("*") if path.is_file()] == [own]
+
+
 def test_data_sets_have_folders_of_their_own(tmp_path):
     others = {"train": source(seed=7), "val": SOURCES["val"]}
     roots = {latent_root(tmp_path, s, m) for s in (SOURCES, others) for m in (True, False)}

@@ -24,6 +24,16 @@ def test_a_folder_and_its_subfolders_in_the_order_of_paths(tmp_path):
     assert labels is None
 
 
+def test_images_are_read_as_those_that_are_trained_on(tmp_path):
+    grey = np.random.default_rng(0).integers(0, 256, (6, 7), np.uint8)
+    Image.fromarray(grey.astype(np.uint16) * 257).save(tmp_path / "a.png")  # 16 bits
+    clear = np.concatenate([IMAGES[0], np.zeros((6, 7, 1), np.uint8)], axis=-1)
+    Image.fromarray(clear).save(tmp_path / "b.png")
+    (tmp_path / "._a.png").write_bytes(b"what macOS leaves")
+    images, _ = read_images(tmp_path, "eval.images")
+    np.testing.assert_array_equal(images, [np.repeat(grey[..., None], 3, -1), np.full((6, 7, 3), 255)])
+
+
 @pytest.mark.parametrize("names", [("arr_0", "arr_1"), ("images", "labels")])
 def test_an_npz_as_adm_writes_it(tmp_path, names):
     np.savez(tmp_path / "s.npz", **dict(zip(names, (IMAGES, np.arange(5)), strict=True)))
@@ -46,6 +56,8 @@ def test_what_holds_no_such_images_is_one_line(tmp_path):
     write(tmp_path / "broken", ["a.png"], IMAGES[:1])
     whole = (tmp_path / "broken" / "a.png").read_bytes()
     (tmp_path / "broken" / "a.png").write_bytes(whole[:-40])
+    fails(tmp_path / "broken", "a.png cannot be read")
+    (tmp_path / "broken" / "a.png").write_bytes(whole.replace(b"IDAT", b"\xff\xfe\xfd\xfc"))
     fails(tmp_path / "broken", "a.png cannot be read")
     (tmp_path / "text.npz").write_text("no archive")
     fails(tmp_path / "text.npz", "cannot be read as an .npz")

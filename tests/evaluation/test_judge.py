@@ -182,6 +182,8 @@ def test_the_picture_of_nearest_training_images_finds_copies(data, cache):
         np.testing.assert_array_equal(first[:, left : left + 64], copy)
     assert sheet.shape == (16 + 2 * (64 + 14), 7 * 64 + 2 * 12 + 4 * 2, 3)
     assert neighbours_sheet(judge_of(data), samples) is None
+    for larger in (samples.repeat(3, 1).repeat(3, 2), samples.repeat(6, 2)):  # of another project
+        assert neighbours_sheet(judge, larger).shape == sheet.shape
 
 
 def test_too_few_of_ones_own_images_name_their_field(data, cache):

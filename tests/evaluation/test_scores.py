@@ -8,7 +8,7 @@ from jaxdiff.data import load_source
 from jaxdiff.evaluation.scores import knn_accuracy
 
 
-@pytest.mark.parametrize("size", [8, 32])
+@pytest.mark.parametrize("size", [8, 20, 32])
 def test_neighbours_know_real_digits_and_wrong_labels(size):
     data = ConfigDict({"source": "digits", "image_size": size})
     train, val = load_source(data, "train"), load_source(data, "val")

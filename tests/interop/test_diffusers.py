@@ -15,6 +15,7 @@ from jaxdiff.errors import ConfigError
 from jaxdiff.interop.diffusers import WEIGHTS, load_autoencoder, save_autoencoder
 from jaxdiff.keys import named_key
 from jaxdiff.models import AutoencoderKL
+from jaxdiff.training import stages
 from jaxdiff.training.checkpoint import Checkpoints
 from jaxdiff.training.optimizer import lr_schedule, make_optimizer
 from jaxdiff.training.stages import run_train
@@ -142,9 +143,16 @@ def test_files_that_are_none(tmp_path):
         load_autoencoder(folder)
 
 
-def test_import_encode_and_export(tiny, tmp_path):
+def interrupted(*_):
+    raise KeyboardInterrupt
+
+
+def test_import_encode_and_export(tiny, tmp_path, monkeypatch):
     """The workdir holds the imported weights, encodes with them, can be trained on, and is exported."""
     source = folder_of("f4", tmp_path / "in")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):  # which leaves nothing to go on from
+        patch.setattr(stages, "autoencoder_experiment", interrupted)
+        startup.import_model(tiny("vae"), tmp_path / "run", source, {})
     startup.import_model(tiny("vae"), tmp_path / "run", source, {})
     startup.export_model(tmp_path / "run", tmp_path / "out", None, {}, None)
     before, after = tensors_of("f4"), load_file(tmp_path / "out" / WEIGHTS)

@@ -246,11 +246,17 @@ def test_validation_is_put_down_when_all_else_is(tiny, tmp_path, monkeypatch):
 def test_two_trainings_do_not_meet_in_a_workdir(tiny, tmp_path):
     config = config_of(tiny)
     workdir = tmp_path / "run"
-    files.claim_workdir(config, workdir)
-    with files.training_in(workdir), pytest.raises(ConfigError, match=r"--workdir=.*run: another process is training"):
-        run_train(config, workdir)
+    other = config.copy_and_resolve_references()
+    other.sample.steps = 2
+    with files.training_in(config, workdir):
+        with pytest.raises(ConfigError, match=r"--workdir=.*run: another process is training there"):
+            run_train(other, workdir)
+        assert files.load(workdir / "config.json") == config
     assert not (workdir / "checkpoints").exists()
-    with files.training_in(workdir):  # free again
+    with files.training_in(other, workdir):  # free again
+        assert files.load(workdir / "config.json") == other
+    (workdir / "config.json").unlink()  # as of one that was killed before it was written
+    with files.training_in(config, workdir):
         pass
 
 
