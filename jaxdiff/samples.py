@@ -23,8 +23,8 @@ def label_names(config: ConfigDict, class_names: Sequence[str]) -> Sequence[str]
 
 
 def sample_labels(settings: ConfigDict, class_names: Sequence[str]) -> Int[np.ndarray, " num"]:
-    """Labels of images 0..num-1: the classes of `settings.classes` (names or numbers; empty = all), repeated in turn;
-    0 throughout where there are no classes.
+    """Labels of images 0..num-1: the classes of `settings.classes` (names or numbers; empty = all), repeated in turn,
+    or where these are more, `num` of them evenly spaced; 0 throughout where there are no classes.
 
     Raises: ConfigError naming the class that there is not.
     """
@@ -39,7 +39,10 @@ def sample_labels(settings: ConfigDict, class_names: Sequence[str]) -> Int[np.nd
             known = word.isdecimal() and int(word) < len(names)
             require(known, "sample.classes", word, f"a number in 0..{len(names) - 1} or one of the names {some}")
             chosen.append(int(word))
-    return np.resize(np.array(chosen or range(len(names)), np.int32), settings.num)
+    classes = np.array(chosen or range(len(names)), np.int32)
+    if settings.num < len(classes):
+        return classes[np.arange(settings.num) * len(classes) // settings.num]
+    return np.resize(classes, settings.num)
 
 
 def columns(labels: Int[np.ndarray, " n"]) -> int:

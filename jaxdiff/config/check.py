@@ -6,7 +6,7 @@ import pathlib
 from ml_collections import ConfigDict
 
 from jaxdiff.build import NETWORKS
-from jaxdiff.config.check_diffusion import CONTINUOUS, validate_diffusion, validate_steps
+from jaxdiff.config.check_diffusion import CONTINUOUS, validate_diffusion, validate_start, validate_steps
 from jaxdiff.config.fields import guidance_weights
 from jaxdiff.config.require import at_least, get_field, one_of, require
 from jaxdiff.data.sources import SOURCES
@@ -26,6 +26,7 @@ def validate(config: ConfigDict, num_devices: int) -> None:
     _validate_numbers(config)
     one_of(config, "experiment", EXPERIMENTS)
     one_of(config, "dtype", ("auto", "float32", "bfloat16"))
+    at_least(config, 0, "seed")
     validate_data(config)
     _validate_recipe(config, "", num_devices)
     size, name = config.data.image_size, "data.image_size"
@@ -131,7 +132,8 @@ def _validate_autoencoder(config: ConfigDict) -> int:
         "autoencoder.latent_channels",
         "autoencoder.norm_groups",
     )
-    require(len(a.channel_mult) > 0, "autoencoder.channel_mult", a.channel_mult, "not empty")
+    whole = len(a.channel_mult) > 0 and all(type(mult) is int and mult > 0 for mult in a.channel_mult)
+    require(whole, "autoencoder.channel_mult", a.channel_mult, "not empty, of whole numbers above 0")
     for level in a.attention_levels:
         known = level in range(len(a.channel_mult))
         require(known, "autoencoder.attention_levels", level, f"in 0..{len(a.channel_mult) - 1}")
@@ -198,6 +200,8 @@ def _validate_unet(config: ConfigDict, size: int, size_name: str) -> None:
 def validate_sample(config: ConfigDict) -> None:
     """The check of the fields `sample`, which --mode=sample repeats after its changes."""
     s, d = config.sample, config.diffusion
+    _validate_numbers(s, "sample.")
+    at_least(config, 0, "sample.seed")
     parse_weights(s.weights, config)
     one_of(config, "sample.format", ("npz", "png"))
     validate_steps(config)
@@ -227,6 +231,7 @@ def validate_sample(config: ConfigDict) -> None:
         used = s[field]
         require(not used or guided, f"sample.{field}", used, f"left out with sample.guidance = {s.guidance}")
     at_least(config, 1, "sample.num", "sample.batch_size")
+    require(s.num < 2**31, "sample.num", s.num, "below 2^31")
     at_least(config, 0, "sample.decode_batch")
     require(s.decode_tile == 0 or s.decode_tile >= 8, "sample.decode_tile", s.decode_tile, "0 or at least 8")
     for field in ("decode_batch", "decode_tile"):
@@ -236,6 +241,8 @@ def validate_sample(config: ConfigDict) -> None:
 def validate_eval(config: ConfigDict) -> None:
     """The check of the fields `eval`, which --mode=evaluate repeats after its changes."""
     e, s, d = config.eval, config.sample, config.diffusion
+    _validate_numbers(e, "eval.")
+    require(e.num < 2**31, "eval.num", e.num, "below 2^31")
     for score in e.scores:
         require(score in SCORES, "eval.scores", score, f"among {', '.join(SCORES)}")
         asks = score == "knn_accuracy" and not config.model.conditional
@@ -255,6 +262,7 @@ def validate_eval(config: ConfigDict) -> None:
         last = math.inf if d.schedule in CONTINUOUS else d.num_steps
         whole = type(steps) is int and 1 <= steps <= last
         require(whole, "eval.steps", steps, f"whole numbers in 1..{last} (diffusion.num_steps)")
+        validate_start(config, "eval.steps", steps)
     fits = not e.nll or d.schedule not in CONTINUOUS
     require(fits, "eval.nll", e.nll, f"False with diffusion.schedule = {d.schedule!r}: the bound is of discrete steps")
     nums = {} if e.images else {"eval.num" if e.num else "sample.num": e.num or s.num}

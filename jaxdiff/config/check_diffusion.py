@@ -1,11 +1,17 @@
 """The check of the fields `diffusion`, and of the steps of samplers, which have to fit to them."""
 
+import contextlib
+from collections.abc import Iterator
+
 from ml_collections import ConfigDict
 
+from jaxdiff.build import build_plan, build_process
 from jaxdiff.config.require import at_least, one_of, require
 from jaxdiff.diffusion import PREDICTIONS, SAMPLERS, SCHEDULES, SPACINGS, TIMES, WEIGHTINGS
+from jaxdiff.errors import ConfigError
 
 CONTINUOUS = {"edm": "karras", "flow": "even"}  # schedules without steps of their own, and how samplers step there
+GROWTH = 50  # of the signal in a sampler's first step, without clipping: 630 with cosine, 50 steps; 1 with linear
 LOSSES = ("mse", "hybrid", "vlb")
 
 
@@ -30,6 +36,8 @@ def validate_diffusion(config: ConfigDict) -> None:
     _validate_prediction(config)
     _validate_loss(config)
     _validate_times(config)
+    with _fields_of_a_config():
+        build_process(config)
 
 
 def _validate_prediction(config: ConfigDict) -> None:
@@ -68,6 +76,10 @@ def _validate_loss(config: ConfigDict) -> None:
     require(d.weighting == "simple" or not bound, "diffusion.weighting", d.weighting, allowed)
     allowed = f"simple with diffusion.zero_terminal_snr: where sampling begins {d.weighting} weighs nothing"
     fits = not d.zero_terminal_snr or d.weighting not in ("min_snr", "p2")
+    require(fits, "diffusion.weighting", d.weighting, allowed)
+    # Elsewhere a share of almost nothing of the times, next to the images, has almost all of the weight.
+    allowed = "simple with diffusion.schedule = 'flow' and diffusion.time_sampling = 'uniform'"
+    fits = (d.weighting, d.prediction, d.schedule, d.time_sampling) != ("edm", "x0", "flow", "uniform")
     require(fits, "diffusion.weighting", d.weighting, allowed)
     at_least(config, 0, "diffusion.weighting_gamma")
     used = not d.weighting_gamma or d.weighting in ("min_snr", "p2")
@@ -116,3 +128,32 @@ def validate_steps(config: ConfigDict) -> None:
     fits = d.schedule == "edm" and SAMPLERS[s.sampler].churn
     allowed = "empty, but with diffusion.schedule = 'edm' and sample.sampler euler or heun"
     require(not churn or fits, "sample.churn", churn, allowed)
+    validate_start(config, "sample.steps", s.steps)
+
+
+def validate_start(config: ConfigDict, field: str, steps: int) -> None:
+    """ConfigError where so many steps, which `field` asks for, have no plan, or one that begins badly."""
+    s, d = config.sample, config.diffusion
+    with _fields_of_a_config():
+        build_plan(config, ConfigDict({**s.to_dict(), "steps": steps}))
+    if d.schedule in CONTINUOUS:
+        return
+    now, after = build_process(config, s).pairs(s.spacing, steps)
+    lost = d.num_steps - steps * (d.num_steps // steps)
+    fits = s.spacing != "leading" or (steps > 1 and lost <= d.num_steps / 10)
+    allowed = f"such that sample.spacing = 'leading' begins near the noisiest timestep, not at t = {now[0, 0]:.0f}: "
+    allowed += f"a divisor of diffusion.num_steps = {d.num_steps}; trailing and adm take any"
+    require(fits, field, steps, allowed)
+    growth = after[0, 1] / now[0, 1] if d.prediction == "eps" and not s.clip else 1
+    allowed = f"leading with diffusion.prediction = 'eps' and sample.clip = False: the first step of {steps} makes the "
+    allowed += f"signal {growth:.0f} times as strong, and with it what is wrong with the prediction; v has no such step"
+    require(growth <= GROWTH, "sample.spacing", s.spacing, allowed)
+
+
+@contextlib.contextmanager
+def _fields_of_a_config() -> Iterator[None]:
+    """Errors of `jaxdiff.diffusion`, which begin with a field's name, as those of this check."""
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(f"config.{error}") from None

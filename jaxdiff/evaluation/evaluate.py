@@ -45,7 +45,9 @@ def labels_in_words(config: ConfigDict, settings: ConfigDict, num_classes: int) 
     """Which labels the samples have that `settings` asks for."""
     if not config.model.conditional:
         return "none"
-    return f"{settings.classes} in turn" if settings.classes else f"all {num_classes} in turn"
+    some = f"{settings.num} of {num_classes}, evenly spaced"
+    every = some if settings.num < num_classes else f"all {num_classes} in turn"
+    return f"{settings.classes} in turn" if settings.classes else every
 
 
 def sample_protocol(config: ConfigDict, settings: ConfigDict, step: int, num_classes: int) -> dict[str, Any]:

@@ -20,7 +20,26 @@ FLOW = {
     "sample.sampler": "euler",
 }
 ZERO = {"diffusion.zero_terminal_snr": True, "diffusion.prediction": "v", "sample.spacing": "trailing"}
+COSINE = {"diffusion.schedule": "cosine", "sample.clip": False, "sample.spacing": "leading"}
+FLOW_X0 = {**FLOW, "diffusion.prediction": "x0"}
 LEARNED = {"model.learned_variance": True, "diffusion.loss": "hybrid"}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {**COSINE, "sample.spacing": "trailing", "diffusion.prediction": "v"},
+        {**COSINE, "sample.spacing": "trailing", "sample.clip": True},
+        {**COSINE, "sample.spacing": "trailing", "diffusion.schedule": "linear"},
+        *({"sample.steps": steps, "sample.spacing": "leading"} for steps in (4, 10, 30, 50, 250, 500, 1000)),
+        {"sample.steps": 501, "sample.spacing": "trailing"},
+        {**FLOW_X0, "diffusion.weighting": "edm", "diffusion.time_sampling": "logit_normal"},
+    ],
+)
+def test_what_goes_together(change):
+    config = ddpm.get_config("digits")
+    config.update_from_flattened_dict(change)
+    check.validate(config, 8)
 
 
 @pytest.mark.parametrize(
@@ -29,6 +48,28 @@ LEARNED = {"model.learned_variance": True, "diffusion.loss": "hybrid"}
         (ZERO, {"diffusion.prediction": "eps"}, "prediction = 'eps': .* with diffusion.zero_terminal_snr"),
         (ZERO, {"diffusion.weighting": "p2"}, "weighting = 'p2': must be simple with diffusion.zero_terminal_snr"),
         (ZERO, {"sample.spacing": "leading"}, "spacing = 'leading': .*trailing.* with diffusion.zero_terminal_snr"),
+        (COSINE, {"sample.spacing": "trailing"}, "spacing = 'trailing': must be leading with .* 316 times as strong"),
+        (
+            COSINE,
+            {"sample.spacing": "dpm", "sample.sampler": "dpmpp_2m"},
+            "'dpm': must be leading with .*v has no such",
+        ),
+        (
+            {"sample.spacing": "leading"},
+            {"sample.steps": 501},
+            "steps = 501: must be such that .*'leading' begins near .*, not at t = 500: a divisor",
+        ),
+        (
+            {},
+            {"sample.spacing": "dpm", "sample.steps": 1000},
+            "sample.steps = 1000: must be less than 1000 with sample.sp",
+        ),
+        (
+            {},
+            {"diffusion.num_steps": 20, "sample.steps": 10},
+            "config.diffusion.num_steps = 20: the linear betas reach 1",
+        ),
+        (FLOW_X0, {"diffusion.weighting": "edm"}, "weighting = 'edm': must be simple with .*'flow' and .*'uniform'"),
         (LEARNED, {"diffusion.loss": "mse"}, "loss = 'mse': must be hybrid or vlb with model.learned_variance = True"),
         (LEARNED, {"diffusion.weighting": "min_snr"}, "weighting = 'min_snr': .*simple with diffusion.loss = 'hybrid'"),
         (LEARNED, {"diffusion.time_sampling": "importance"}, "'importance': must be uniform with .*loss = 'hybrid'"),
