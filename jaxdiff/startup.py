@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import shlex
 from collections.abc import Collection, Sequence
 from typing import Any
 
@@ -129,7 +130,7 @@ def import_model(config: ConfigDict, workdir: pathlib.Path, source: pathlib.Path
         return " ".join(f"--config.{name}={str(value).replace(' ', '')!r}" for name, value in values.items())
 
     if config.experiment == "vae":
-        hint = f"for latent diffusion: --config.autoencoder.path={workdir} {flags(fields)}"
+        hint = f"for latent diffusion: {shlex.quote(f'--config.autoencoder.path={workdir}')} {flags(fields)}"
     else:
         d = config.diffusion
         betas = "" if d.schedule == "cosine" else f", betas {d.beta_start:g} to {d.beta_end:g}"
@@ -182,6 +183,11 @@ def workdir_config(
     if not path.exists():
         raise ConfigError(f"--workdir={workdir}: no config.json there; give the workdir of a training run")
     config = files.load(path)
+    if config.experiment == "ladder":
+        runs = (
+            ", ".join(sorted(str(found.parent) for found in workdir.glob("*/config.json"))) or "none of which has begun"
+        )
+        raise ConfigError(f"--workdir={workdir}: is a ladder's; give that of one of its trainings: {runs}")
     if named not in (None, config.name):
         raise ConfigError(f"--config: {workdir} was made with {config.name}, not {named}; leave --config out")
     for field in overrides:
@@ -221,8 +227,11 @@ def evaluate(workdir: pathlib.Path, named: str | None, overrides: dict[str, Any]
     e = config.eval
     if not (e.scores or e.neighbours or e.nll):
         raise ConfigError("config.eval.scores = (): must name what to measure, as in --config.eval.scores='(\"fd\",)'")
-    if e.images and (e.steps or step is not None):
-        raise ConfigError(f"config.eval.images = {e.images!r}: must be left out with eval.steps and --step")
+    if e.images:  # there is nothing to draw
+        drawing = ("eval.steps", "eval.num", "eval.nll", "eval.nll_num")
+        given = [f"--config.{field}" for field in overrides if field in drawing or field.startswith("sample.")]
+        for flag in [*given, *(["--step"] if step is not None else [])]:
+            raise ConfigError(f"config.eval.images = {e.images!r}: must be left out with {flag}")
     start()
     check.validate_data(config)
     check.validate_sample(config)

@@ -35,6 +35,15 @@ def test_labels_by_name_and_number(tiny, classes, expected):
     assert sample_labels(settings, NAMES).tolist() == expected
 
 
+def test_fewer_images_than_classes_are_of_classes_evenly_spaced(tiny):
+    """The first ones of ImageNet are all animals."""
+    settings = tiny("ddpm").sample
+    settings.num = 4
+    assert sample_labels(settings, [f"class {k}" for k in range(10)]).tolist() == [0, 2, 5, 7]
+    settings.classes = "9,8,7,6,5,4,3,2"
+    assert sample_labels(settings, [f"class {k}" for k in range(10)]).tolist() == [9, 7, 5, 3]
+
+
 @pytest.mark.parametrize("classes", ["bird", "3", "-1", "cat,dgo"])
 def test_an_unknown_class_is_one_line(tiny, classes):
     settings = tiny("ddpm").sample
@@ -230,7 +239,7 @@ def test_every_device_decodes_its_own_latents_in_parts(tiny):
     config = tiny("ldm")
     config.model.update(channels=8, channel_mult=(1,), attention_resolutions=(), head_dim=8)
     config.autoencoder.update(channels=4, norm_groups=2)
-    config.sample.update(steps=1, guidance=0.0)
+    config.sample.update(steps=2, guidance=0.0)
     on_eight, on_one = (latent_generator(config, mesh_of(count)) for count in (8, 1))
     labels, tiles = np.arange(16) % 10, {"decode_batch": 9, "decode_tile": 8}
     whole = draw(*on_one, config, labels).astype(int)

@@ -198,7 +198,10 @@ def save(config: ConfigDict, path: pathlib.Path) -> None:
 
 def load(path: pathlib.Path) -> ConfigDict:
     """Read what `save` wrote, in this version or an earlier one."""
-    config = ConfigDict(_tuples(read_json(path)))
+    content = read_json(path)
+    if not isinstance(content, dict) or not {"name", "experiment"} <= set(content):
+        raise ConfigError(f"{path}: is not a config of jaxdiff; give the workdir of a training run")
+    config = ConfigDict(_tuples(content))
     recipes = [config.get(name, {}) for name in ("ddpm", "ldm")] if config.get("experiment") == "ladder" else [config]
     for name, value in ADDED_FIELDS.items():
         *parts, field = name.split(".")

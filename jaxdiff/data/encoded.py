@@ -116,7 +116,9 @@ def class_folder(data: Any, split: str) -> EncodedImages:
         for entry in sorted(files, key=lambda e: e.name):
             with contextlib.suppress(OSError):  # such as a link to nowhere: reading it will tell
                 stat = entry.stat()
-                digest.update(f"{name}/{entry.name} {stat.st_size} {stat.st_mtime_ns}\n".encode())
+                digest.update(
+                    f"{name}/{entry.name} {stat.st_size} {stat.st_mtime_ns}\n".encode(errors="surrogateescape")
+                )
             paths.append(entry.path)
             labels.append(folders.index(name))
     if not paths:
@@ -146,6 +148,9 @@ def _class_folders(root: pathlib.Path, split: str) -> list[str]:
             "layout (e.g. as 'ambityga/imagenet100' on Kaggle; merge its train.X* folders into train/)"
         )
     found = sorted(p.name for p in (root / split).iterdir() if p.is_dir() and not p.name.startswith("."))
+    for name in found:
+        if name != name.encode(errors="replace").decode():  # it has what stands for bytes that are not UTF-8
+            raise ConfigError(f"data.path: the class folder {name!r} in {root / split} must have a name in UTF-8")
     if not found:
         raise ConfigError(f"data.path: {root / split} has no class folders; expected is {{train,val}}/<class>/*.jpg")
     return found

@@ -29,10 +29,11 @@ def read_npz(
         return next((arrays[name] for name in names if name in arrays), None)
 
     images, labels, names = get("arr_0", "images"), get("arr_1", "labels"), get("class_names")
-    if images is None or images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or not len(images):
+    if images is None or images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or not images.size:
         found = ", ".join(f"{name} {a.dtype} {list(a.shape)}" for name, a in arrays.items()) or "nothing"
         raise ConfigError(f"{field}: {path} must hold uint8 images [N, H, W, 3] as arr_0 or images; it has {found}")
     if labels is not None and (labels.shape != images.shape[:1] or not np.issubdtype(labels.dtype, np.integer)):
         found = f"{labels.dtype} {list(labels.shape)}"
         raise ConfigError(f"{field}: labels in {path} must be {len(images)} integers; they are {found}")
-    return images, labels, None if names is None else [str(name) for name in names.ravel()]
+    decoded = None if names is None else [n.decode() if isinstance(n, bytes) else str(n) for n in names.ravel()]
+    return images, labels, decoded

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Bool, Int, UInt8
 from PIL import Image
 
-from jaxdiff.data.decode import center_crop
+from jaxdiff.data.decode import Unreadable, center_crop
 from jaxdiff.data.encoded import EncodedImages, class_folder, count_files, read_class_file, tfds_images
 from jaxdiff.data.npz import read_npz
 from jaxdiff.data.records import MANIFEST, ArrayTable, Manifest, RecordTable, Table, fits_in_memory, read_manifest
@@ -111,7 +111,10 @@ def npz(data: Any, split: str) -> ImageSource:
     if images.shape[1:3] == (size, size):
         chosen = images[rows]
     else:
-        chosen = np.stack([center_crop(Image.fromarray(images[row]), size) for row in rows])
+        try:
+            chosen = np.stack([center_crop(Image.fromarray(images[row]), size) for row in rows])
+        except Unreadable as error:
+            raise ConfigError(f"data.path: the images of {path} cannot be resized to {size} ({error})") from None
     return array_source(chosen, labels[rows], class_names)
 
 
@@ -191,7 +194,8 @@ def prepared_root(data: Any) -> pathlib.Path:
     path = pathlib.Path(data.path)
     if (path / MANIFEST).exists():  # a prepared folder was given
         return path
-    return path.with_name(f"{path.resolve().name}-{data.image_size}px")
+    beside = path.resolve() if path.name in ("", "..") else path
+    return beside.with_name(f"{path.resolve().name}-{data.image_size}px")
 
 
 def prepared(data: Any, split: str, root: pathlib.Path, manifest: Manifest) -> ImageSource:

@@ -150,6 +150,7 @@ def run_evaluate(config: ConfigDict, workdir: pathlib.Path, step: int | None, *,
     asked for, or with `config.eval.images` the images there. Not `again`: samples whose record is there are passed
     over."""
     mesh, e = meshes.make_mesh(), config.eval
+    read_scores(workdir)  # where that is damaged it is said before all the work
     judged = read_images(pathlib.Path(e.images), "config.eval.images") if e.images else None
     train, val = load_source(config.data, "train"), load_source(config.data, "val")
     judge = Judge(e, train, val, mesh)

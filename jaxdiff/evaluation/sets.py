@@ -88,7 +88,10 @@ class ImageSet:
             return stored
         features = self._extract()
         if meshes.is_main():
-            _save(features, path)
+            try:
+                _save(features, path)
+            except OSError as error:
+                meshes.say(f"features of {self.name} are not kept: {path.parent}: {error.strerror}")
         return features
 
     def _extract(self) -> FeatureSet:

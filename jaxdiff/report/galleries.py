@@ -1,6 +1,8 @@
 """Pictures of the report: what is shown, and with which words."""
 
 import json
+import pathlib
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,6 +15,7 @@ from jaxdiff.report import text
 from jaxdiff.report.pictures import Album, evenly, halves
 from jaxdiff.report.reading import Run, class_names, mapping, number, read_arrays, read_json, training_pictures
 
+FINAL = re.compile(r"final(-\d+)?")  # names of what a training draws at its end
 DRAWN = 8  # grids of --mode=sample that are shown, the newest
 STRIPS = 4  # images of a denoising strip
 TIMES = 10  # timesteps of it
@@ -52,9 +55,9 @@ def drawn(runs: Sequence[Run], album: Album) -> list[dict[str, Any]]:
         used = {str(name) for record in run.records for name in record["pictures"].values()}
         others = [p for p in folder.glob("step*.png") if f"samples/{p.name}" not in used]
         others = sorted(others, key=lambda p: p.stat().st_mtime)[-DRAWN:]
-        for path in [p for p in (folder / "final.png", *others) if p.exists()]:
+        for path in [*_finals(run, ".png")[:1], *others]:
             settings = mapping(read_json(path.with_suffix(".json")))
-            title = f"{run.name}: final samples" if path.stem == "final" else f"{run.name}: {path.stem}"
+            title = f"{run.name}: final samples" if path.stem.startswith("final") else f"{run.name}: {path.stem}"
             note = text.drawn(settings)
             if number(settings.get("num")) is not None:
                 note += f"; {settings['num']:,} images, seed {settings.get('seed', '–')}"
@@ -129,11 +132,17 @@ def _variant(run: Run, cells: Mapping[tuple[float, int], dict[str, Any]], album:
     }
 
 
+def _finals(run: Run, suffix: str) -> list[pathlib.Path]:
+    """The samples that a training drew at its end, those of its last start first."""
+    found = [p for p in (run.workdir / "samples").glob(f"final*{suffix}") if FINAL.fullmatch(p.stem)]
+    return sorted(found, key=lambda p: p.stat().st_mtime, reverse=True)
+
+
 def _samples(run: Run) -> tuple[UInt8[np.ndarray, "n h w 3"], np.ndarray, str] | None:
     """Images and labels of a run: the final ones, or the newest that were drawn; and the name of the file."""
     folder = run.workdir / "samples"
     others = sorted(folder.glob("step*.npz"), key=lambda p: p.stat().st_mtime, reverse=True)
-    for path in (folder / "final.npz", *others):
+    for path in (*_finals(run, ".npz"), *others):
         arrays = read_arrays(path, "arr_0", "arr_1")
         if arrays and _pixels(arrays["arr_0"]) and len(arrays["arr_1"]) == len(arrays["arr_0"]):
             return arrays["arr_0"], arrays["arr_1"], path.name

@@ -33,7 +33,7 @@ class Snapshots:
     @property
     def steps(self) -> list[int]:
         """Steps of all snapshots, ascending."""
-        return sorted(int(path.stem) for path in self.folder.glob("*.npz"))
+        return sorted(int(path.stem) for path in self.folder.glob("*.npz") if path.stem.isdecimal())
 
     def path(self, step: int) -> pathlib.Path:
         """The file of a step."""
@@ -53,8 +53,12 @@ class Snapshots:
 
     def read(self, step: int, name: str, like: Any) -> Any:
         """One average of a step, in the structure of `like`, on the host."""
-        with np.load(self.path(step)) as data:
-            return jax.tree_util.tree_map_with_path(lambda path, _: data[f"{name}/{_name(path)}"], like)
+        try:
+            with np.load(self.path(step)) as data:
+                return jax.tree_util.tree_map_with_path(lambda path, _: data[f"{name}/{_name(path)}"], like)
+        except Exception as error:  # zipfile's and zlib's own among them
+            why = " ".join(str(error).split())
+            raise ConfigError(f"{self.path(step)}: cannot be read ({why}); without it the others are used") from None
 
 
 def state_weights(state: TrainState, weights: str, config: ConfigDict) -> Any:

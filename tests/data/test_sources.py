@@ -1,6 +1,7 @@
 """What comes out of each source, and what a user is told when it cannot."""
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from jaxdiff.data import load_source
 from jaxdiff.data.decode import center_crop
 from jaxdiff.data.encoded import read_class_file
 from jaxdiff.data.records import fits_in_memory
+from jaxdiff.data.sources import prepared_root
 from jaxdiff.errors import ConfigError
 from tests.tiny_birds import TinyBirds, TinyBirdsTrainOnly
 
@@ -99,6 +101,24 @@ def test_folders_that_are_none(folder, tmp_path):
     assert "no class folders" in refused(data_config(path=str(tmp_path / "flat")))
 
 
+def test_names_that_are_not_utf8(folder):
+    before = everything(load_source(data_config(path=str(folder)), "train"))["image"]
+    goose = os.fsencode(folder / "train" / "goose")
+    os.rename(goose + b"/0.jpg", goose + b"/0 caf\xe9.jpg")
+    np.testing.assert_array_equal(everything(load_source(data_config(path=str(folder)), "train"))["image"], before)
+    os.rename(goose, os.fsencode(folder / "train") + b"/caf\xe9")
+    assert "must have a name in UTF-8" in refused(data_config(path=str(folder)))
+
+
+@pytest.mark.parametrize("path", [".", "../birds"])
+def test_the_folder_one_stands_in(folder, monkeypatch, path):
+    monkeypatch.chdir(folder)
+    assert len(load_source(data_config(path=path), "train")) == 8
+    assert prepared_root(data_config(path=path)).resolve() == folder.with_name("birds-16px").resolve()
+    monkeypatch.chdir(folder / "train")
+    assert prepared_root(data_config(path="..")).resolve() == folder.with_name("birds-16px").resolve()
+
+
 @pytest.mark.parametrize("cache_gb", [0.0, 1.0])
 def test_unreadable_image_is_named(folder, cache_gb):
     (folder / "train" / "goose" / "0.jpg").write_bytes(b"no image")
@@ -127,6 +147,11 @@ def test_npz(tmp_path, names):
     assert not table  # every image is in one of them
 
 
+def test_class_names_of_bytes(tmp_path):
+    np.savez(tmp_path / "x.npz", noise(), np.arange(40) % 2, class_names=np.array([b"cat", b"dog"]))
+    assert load_source(data_config(source="npz", path=str(tmp_path / "x.npz")), "train").class_names == ["cat", "dog"]
+
+
 def test_npz_without_labels_and_of_another_size(tmp_path):
     np.savez(tmp_path / "x.npz", noise(size=40))
     source = load_source(data_config(source="npz", path=str(tmp_path / "x.npz")), "val")
@@ -146,6 +171,10 @@ def test_npz_that_are_none(tmp_path):
     assert "arr_0 float32 [40, 16, 16, 3]" in refused(data)
     np.savez(path, noise(1))
     assert "two images or more" in refused(data)
+    np.savez(path, noise()[:, :0, :0])
+    assert "arr_0 uint8 [40, 0, 0, 3]" in refused(data)
+    np.savez(path, np.zeros((6, 1, 40_000, 3), np.uint8))
+    assert "cannot be resized to 128" in refused(data_config(source="npz", path=str(path), image_size=128))
     np.savez(path, noise(), np.arange(39))
     assert "40 integers" in refused(data)
     np.savez(path, images=noise(), labels=np.arange(40), class_names=["a"])

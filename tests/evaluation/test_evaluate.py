@@ -1,12 +1,15 @@
 """--mode=evaluate: records of a checkpoint at several settings, and of images that there are."""
 
 import json
+import shutil
 
 import jax
 import numpy as np
 import pytest
 
+from configs import ladder
 from jaxdiff import mesh as meshes
+from jaxdiff import startup
 from jaxdiff.config import check, files
 from jaxdiff.errors import ConfigError
 from jaxdiff.evaluation.evaluate import run_evaluate
@@ -81,6 +84,38 @@ def test_images_that_there_are(workdir, tmp_path):
     (record,) = evaluate(workdir, eval__images=str(tmp_path / "real.npz"))
     assert record["scores"]["knn_accuracy"] > 0.9 and record["protocol"]["num"] == 30
     assert record["protocol"]["images"] == str(tmp_path / "real.npz") and len(record["protocol"]["sha256"]) == 64
+
+
+@pytest.mark.parametrize("field", ["sample.steps", "eval.num", "eval.nll", "eval.steps"])
+def test_nothing_is_asked_of_samples_where_there_are_images(workdir, field):
+    given = {"eval.images": "x.npz", field: {"eval.nll": True, "eval.steps": (2,)}.get(field, 5)}
+    with pytest.raises(ConfigError, match=f"eval.images = 'x.npz': must be left out with --config.{field}"):
+        startup.evaluate(workdir, None, given, None)
+    with pytest.raises(ConfigError, match="eval.images = 'x.npz': must be left out with --step"):
+        startup.evaluate(workdir, None, {"eval.images": "x.npz"}, 3)
+
+
+def test_damaged_scores_are_said_before_all_the_work(workdir, tmp_path, monkeypatch):
+    shutil.copytree(workdir, tmp_path / "run")
+    (tmp_path / "run" / "scores.json").write_text("{")
+    monkeypatch.setattr(Generator, "sweep", None)  # whoever calls it fails
+    with pytest.raises(ConfigError, match="scores.json: is damaged"):
+        evaluate(tmp_path / "run")
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", '{"_class_name": "AutoencoderKL"}'])
+def test_a_config_of_something_else(tmp_path, content):
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(ConfigError, match="config.json: is not a config of jaxdiff"):
+        workdir_config(tmp_path, None, {})
+
+
+def test_a_ladder_s_workdir_names_its_trainings(tmp_path):
+    files.save(ladder.get_config("digits"), tmp_path / "config.json")
+    (tmp_path / "ddpm").mkdir()
+    files.save(ladder.get_config("digits").ddpm, tmp_path / "ddpm" / "config.json")
+    with pytest.raises(ConfigError, match=f"is a ladder's; give that of one of its trainings: {tmp_path}/ddpm$"):
+        workdir_config(tmp_path, None, {})
 
 
 def test_only_what_is_drawn_and_measured_can_change(workdir):

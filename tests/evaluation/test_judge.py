@@ -1,6 +1,7 @@
 """Scores with their protocol: the floor, the cache of real features, and what is refused."""
 
 import json
+import shutil
 
 import jax.numpy as jnp
 import numpy as np
@@ -128,6 +129,15 @@ def test_features_of_real_images_are_kept_by_content_and_extractor(data, cache, 
     for path in cache.iterdir():
         path.write_bytes(path.read_bytes()[:500])  # as a full disk leaves it
     assert score()[1] == before and score() == (first, ["images"])
+
+
+def test_features_that_cannot_be_kept_are_computed_all_the_same(data, cache, capsys):
+    batch = data[0].batch(np.arange(40))["image"]
+    first = judge_of(data, scores=("fd",))(batch, None, {}, Stopwatch())["scores"]
+    shutil.rmtree(cache)
+    cache.write_text("a file, where the folder would be")
+    assert judge_of(data, scores=("fd",))(batch, None, {}, Stopwatch())["scores"] == first
+    assert "features of val images are not kept: " in capsys.readouterr().out
 
 
 def test_features_that_are_not_finite_have_no_score(data, cache):

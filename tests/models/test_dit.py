@@ -250,7 +250,7 @@ def test_in_place_of_the_unet(tiny, tmp_path, monkeypatch):
     x, t = np.zeros((1, 8, 8, 3), np.float32), np.zeros(1, np.int32)
     run, meta = tmp_path / "run", {"class_names": ["cat", "dog", "cow", "owl"], "shape": [8, 8, 3]}
     save(config, run, random_params(model, x, t, t), meta, steps=(1, 2))
-    settings = {"num": 8, "guidance": 1.0, "steps": 1, "autoguidance": str(run), "autoguidance_step": 1}
+    settings = {"num": 8, "guidance": 1.0, "steps": 2, "autoguidance": str(run), "autoguidance_step": 1}
     startup.sample(run, None, {f"sample.{name}": value for name, value in settings.items()}, None)
     (file,) = (run / "samples").glob("*-auto1-*.npz")
     assert np.load(file)["arr_0"].std() > 10

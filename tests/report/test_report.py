@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import os
 import re
 
 import numpy as np
@@ -334,6 +335,20 @@ def test_times_of_denoising_are_those_of_the_schedule(tmp_path):
     np.savez(run / "samples" / "denoising.npz", **{**arrays, "t": t})
     (strip,) = galleries.denoising([reading.read_run(run, "one")], pictures.Album(pictures.LEVELS[0], 10**6))
     assert strip["times"] == ["1", "0.75", "0.5", "0.25", "0.125"]
+
+
+def test_the_last_samples_of_the_end_are_shown(tmp_path):
+    run = synthetic.make_run(tmp_path / "run")
+    last = synthetic.pictures(4, 99)
+    images.save_png(run / "samples" / "final-2.png", images.grid(last, 2))
+    np.savez(run / "samples" / "final-2.npz", arr_0=last, arr_1=np.arange(4) % 3)
+    files.write_json(run / "samples" / "final-2.json", {"sampler": "ddim", "steps": 7, "num": 4})
+    for suffix in ("png", "npz"):
+        os.utime(run / "samples" / f"final.{suffix}", (1, 1))
+    figures = galleries.drawn([reading.read_run(run, "one")], pictures.Album(pictures.LEVELS[0], 10**6))
+    assert figures[0]["title"] == "one: final samples" and figures[0]["note"].startswith("ddim, 7 steps; 4 images")
+    (shown,) = galleries.classes([reading.read_run(run, "one")], pictures.Album(pictures.LEVELS[0], 10**6))
+    assert "final-2.npz" in str(shown)
 
 
 def test_configs_are_compared_by_what_differs(run):

@@ -163,7 +163,7 @@ def whole(tiny, tmp_path_factory):
     config = tiny("ddpm")
     config.model.update(channels=8, channel_mult=(1,), attention_resolutions=(), mid_attention=False)
     config.update(steps=STEPS, ema_decays=(0.5,), ema_sigma_rel=WIDTHS, ema_snapshot_every=3)
-    config.sample.update(num=8, batch_size=8, steps=1)
+    config.sample.update(num=8, batch_size=8, steps=2)
     check.validate(config, 8)
     workdir.mkdir()
     files.save(config, workdir / "config.json")
@@ -244,3 +244,14 @@ def test_without_snapshots_only_what_was_tracked(tmp_path, whole):
         load(workdir, "sigma_rel:0.07")
     with pytest.raises(ConfigError, match=f"'ema:0.7': must be one of ema, raw, ema:0.5, .* in {workdir}$"):
         load(workdir, "ema:0.7")
+
+
+def test_snapshots_of_other_names_are_passed_over_and_damaged_ones_named(tmp_path, whole):
+    workdir = tmp_path / "run"
+    shutil.copytree(whole[0], workdir)
+    before, snapshots = load(workdir, "sigma_rel:0.07"), Snapshots(workdir)
+    shutil.copy(snapshots.path(3), snapshots.folder / "0000003 (copy).npz")
+    jax.tree.map(np.testing.assert_array_equal, load(workdir, "sigma_rel:0.07"), before)
+    snapshots.path(3).write_bytes(snapshots.path(3).read_bytes()[:200])
+    with pytest.raises(ConfigError, match=r"snapshots/0000003.npz: cannot be read .*; without it the others are used"):
+        load(workdir, "sigma_rel:0.07")
