@@ -82,6 +82,13 @@ def test_likelihood_is_the_sum_of_its_terms():
         np.testing.assert_allclose(bound.terms[t], term, rtol=1e-5)
     np.testing.assert_allclose(bound.total, bound.terms.sum(0) + df.prior_bits(schedule, X0), rtol=1e-5)
 
+    def beyond(clip, least, most):
+        model = lambda x, t: (jnp.clip(9.0 * X0, least, most), None)  # noqa: E731
+        return df.likelihood_bound(schedule, model, X0, noise, discrete=True, clip=clip).total
+
+    np.testing.assert_array_equal(beyond(True, -9, 9), beyond(False, -1, 1))
+    assert (beyond(False, -9, 9) > 2 * beyond(True, -9, 9)).all()
+
 
 def test_published_weights():
     a, s = LINEAR.levels(jnp.array([100]))

@@ -30,7 +30,7 @@ def test_the_parts_of_an_inception_score_have_all_classes():
 
 def test_the_bound_is_over_images_from_everywhere(monkeypatch):
     def bound(generator, params, decoder, key, rows, *, clip):
-        total = rows["image"].astype(jnp.float32)
+        total = rows["image"].astype(jnp.float32) + (0 if clip else 10_000)
         return diffusion.Likelihood(total, jnp.zeros_like(total), total[None])
 
     monkeypatch.setattr(likelihood, "_bound", bound)
@@ -49,11 +49,11 @@ def test_the_bound_is_over_images_from_everywhere(monkeypatch):
         def batch(self, rows):
             return {"image": np.asarray(rows), "label": np.zeros(len(rows), np.int32)}
 
-    def mean(num, batch_size):
-        settings = SimpleNamespace(seed=0, batch_size=batch_size, clip=True)
+    def mean(num, batch_size, clip=True):
+        settings = SimpleNamespace(seed=0, batch_size=batch_size, clip=clip)
         record = likelihood.likelihood_record(generator, None, settings, Source(), num, {})
         assert record["protocol"]["num"] == (num or 1000)
         return record["scores"]["bits_per_dim"]
 
-    assert mean(0, 64) == pytest.approx(499.5)  # each once
+    assert mean(0, 64) == pytest.approx(499.5) and mean(0, 64, clip=False) == pytest.approx(10_499.5)  # each once
     assert 400 < mean(100, 64) < 600 and mean(100, 64) == pytest.approx(mean(100, 7))  # not the first 100: 49.5

@@ -28,13 +28,15 @@ def test_steps_are_what_the_seconds_allow_within_recipe_and_minimum():
 
 def test_what_comes_every_so_many_steps_shrinks_with_them(tiny):
     config = tiny("ddpm")
-    config.update(epochs=2.0, steps=0, batch_size=10, warmup_steps=30, sample_every=0, checkpoint_every=100)
+    config.update(
+        epochs=2.0, steps=0, batch_size=10, warmup_steps=30, sample_every=0, checkpoint_every=100, log_every=50
+    )
     with_steps(config, 60, 1500)  # of 300
     assert (config.epochs, config.steps, config.warmup_steps) == (0.0, 60, 6)
-    assert (config.sample_every, config.checkpoint_every, config.log_every) == (0, 20, 1)
+    assert (config.sample_every, config.checkpoint_every, config.log_every) == (0, 20, 6)
     config.warmup_steps = 60
     with_steps(config, 1, 1500)
-    assert (config.steps, config.warmup_steps, config.checkpoint_every) == (1, 0, 1)
+    assert (config.steps, config.warmup_steps, config.checkpoint_every, config.log_every) == (1, 0, 1, 1)
 
 
 @pytest.mark.parametrize("dataset", ["digits", "cifar10", "imagenet100", "tfds:imagenette/320px-v2"])
