@@ -7,18 +7,19 @@ from collections.abc import Callable
 from types import FrameType
 
 LATER = 0.02  # seconds
+IGNORING = ("_xla_gc_callback", "__del__")
 
 
 def raising(error: Callable[[int], BaseException]) -> Callable[[int, FrameType | None], None]:
     """A handler of signals that raises `error(signum)`.
 
-    Where it interrupts JAX's callback of Python's garbage collector, in which all that is raised is ignored, it sends
-    the signal once more, a little later.
+    Where it interrupts JAX's callback of Python's garbage collector, or a finaliser, in which all that is raised is
+    ignored, it sends the signal once more, a little later.
     """
 
     def handle(signum: int, frame: FrameType | None) -> None:
         while frame is not None:
-            if frame.f_code.co_name == "_xla_gc_callback":
+            if frame.f_code.co_name in IGNORING:
                 again = threading.Timer(LATER, os.kill, (os.getpid(), signum))
                 again.daemon = True
                 again.start()

@@ -24,23 +24,35 @@ def test_at_once():
     assert error.value.signum == signal.SIGUSR1
 
 
+class Finalised:
+    def __init__(self):
+        self.cycle = self  # so that the collector finalises it
+
+    def __del__(self):
+        signal.raise_signal(signal.SIGUSR1)
+
+
+def _xla_gc_callback(phase, info):
+    if phase == "start":
+        signal.raise_signal(signal.SIGUSR1)
+
+
 @pytest.mark.usefixtures("handled")
-def test_later_where_it_would_be_lost():
-    """JAX cleans up in a callback of this name, and Python ignores what is raised there."""
-
-    def _xla_gc_callback(phase, info):
-        if phase == "start":
-            signal.raise_signal(signal.SIGUSR1)
-
-    gc.callbacks.append(_xla_gc_callback)
-    try:
-        with pytest.raises(Interrupted):
+@pytest.mark.parametrize("kind", ["callback", "finaliser"])
+def test_later_where_it_would_be_lost(kind):
+    """JAX cleans up in a callback of this name, and Python ignores what is raised there, and in finalisers."""
+    gc.collect()  # finalisers of others
+    if kind == "callback":
+        gc.callbacks.append(_xla_gc_callback)
+    else:
+        Finalised()
+    with pytest.raises(Interrupted):
+        try:
             gc.collect()
-            gc.callbacks.remove(_xla_gc_callback)
-            time.sleep(5)
-    finally:
-        if _xla_gc_callback in gc.callbacks:
-            gc.callbacks.remove(_xla_gc_callback)
+        finally:
+            if kind == "callback":
+                gc.callbacks.remove(_xla_gc_callback)
+        time.sleep(5)
 
 
 def test_jax_s_callback_has_that_name():

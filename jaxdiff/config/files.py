@@ -137,11 +137,22 @@ def alone(folder: pathlib.Path) -> Iterator[None]:
         os.close(handle)
 
 
-def write_json(path: pathlib.Path, value: Any) -> None:
-    """Write JSON so that a reader sees the old file or the whole new one."""
+@contextlib.contextmanager
+def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
+    """A file to write, which takes the place of `path` at the end: a reader sees the old one or the whole new one."""
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    partial.write_text(json.dumps(value, indent=2) + "\n")
-    partial.replace(path)
+    try:
+        yield partial
+        partial.replace(path)
+    finally:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+
+
+def write_json(path: pathlib.Path, value: Any) -> None:
+    """Write JSON, as `replacing`."""
+    with replacing(path) as partial:
+        partial.write_text(json.dumps(value, indent=2) + "\n")
 
 
 @contextlib.contextmanager

@@ -3,7 +3,6 @@
 import functools
 import hashlib
 import json
-import os
 import pathlib
 import zipfile
 from collections.abc import Sequence
@@ -129,7 +128,5 @@ def _save(features: FeatureSet, path: pathlib.Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     sums = features.spatial.sums
     arrays = {} if sums is None else {name: np.asarray(value) for name, value in sums._asdict().items()}
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    with partial.open("wb") as file:
+    with files.replacing(path) as partial, partial.open("wb") as file:
         np.savez(file, pooled=features.pooled, logits=features.logits, **arrays)  # type: ignore[arg-type]
-    partial.replace(path)

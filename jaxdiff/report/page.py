@@ -3,7 +3,6 @@
 import datetime
 import functools
 import itertools
-import os
 import pathlib
 from collections.abc import Sequence
 
@@ -11,6 +10,7 @@ import jinja2
 from jinja2.utils import htmlsafe_json_dumps
 from markupsafe import Markup
 
+from jaxdiff.config.files import replacing
 from jaxdiff.errors import ConfigError
 from jaxdiff.report import text
 from jaxdiff.report.curves import read_stages
@@ -64,9 +64,8 @@ def write_report(workdirs: Sequence[pathlib.Path], target: pathlib.Path, limit: 
         )
     )
     target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
-    partial.write_text(page, encoding="utf-8")
-    partial.replace(target)  # a reader sees the old report or the whole new one
+    with replacing(target) as partial:
+        partial.write_text(page, encoding="utf-8")
     return target
 
 

@@ -29,6 +29,7 @@ from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
 from jaxdiff import STARTED, diffusion
+from jaxdiff.config.files import replacing
 from jaxdiff.mesh import say
 from jaxdiff.models import forms, norm
 
@@ -91,16 +92,13 @@ def save(path: pathlib.Path, compiled: jax.stages.Compiled, flops: Callable[[], 
     unloaded: Any = getattr(getattr(compiled, "_executable", None), "_unloaded_executable", None)
     if getattr(unloaded, "keepalive", None) and not getattr(unloaded, "host_callbacks", True):
         unloaded.keepalive = []
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
         content = pickle.dumps((serialize_executable.serialize(compiled), flops()))
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_bytes(content)
-        partial.replace(path)
+        with replacing(path) as partial:
+            partial.write_bytes(content)
     except Exception as error:  # a full disk, or what JAX cannot write: the run needs it not
         say(f"the compiled step is not kept for the next start: {' '.join(str(error).split())}")
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
         return
     with contextlib.suppress(OSError):  # others may do the same
         for old in sorted(path.parent.iterdir(), key=lambda file: file.stat().st_mtime)[:-KEPT]:

@@ -45,10 +45,8 @@ class Snapshots:
             leaves = jax.tree_util.tree_leaves_with_path(averages)
             arrays: dict[str, Any] = {_name(path): np.asarray(x.addressable_data(0)) for path, x in leaves}
             self.folder.mkdir(exist_ok=True)
-            partial = self.path(step).with_suffix(".partial")
-            with partial.open("wb") as file:
+            with files.replacing(self.path(step)) as partial, partial.open("wb") as file:
                 np.savez(file, **arrays)
-            partial.replace(self.path(step))
         meshes.barrier("snapshot")
 
     def read(self, step: int, name: str, like: Any) -> Any:

@@ -222,7 +222,7 @@ def test_samples_of_a_width_that_was_not_tracked(whole, capsys):
     config = workdir_config(workdir, None, {"sample.weights": "sigma_rel:0.07"})
     check.validate_sample(config)
     (sheet,) = run_sample(config, workdir, None)
-    assert sheet.name == f"step{STEPS}-sigma_rel-0.07-ddim1-w0-seed0.png"
+    assert sheet.name == f"step{STEPS}-sigma_rel-0.07-ddim2-w0-seed0.png"
     assert f"sigma_rel 0.07 at step {STEPS}: of 8 averages, profile off by" in capsys.readouterr().out
     with np.load(sheet.with_suffix(".npz")) as data:
         assert data["arr_0"].shape == (8, 8, 8, 3)
