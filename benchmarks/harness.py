@@ -108,6 +108,16 @@ def new_parser(description: str | None, *, sides: bool = True) -> argparse.Argum
     return parser
 
 
+def add_channels(parser: argparse.ArgumentParser) -> None:
+    """The option of benchmarks of memory, which look for the largest model."""
+    parser.add_argument("--channels", type=int, default=0, help="of the UNet's first level; default those of the work")
+
+
+def of_width(work: Work, channels: int) -> Work:
+    """The work with a UNet of so many channels, or as it is for 0."""
+    return work._replace(count=0, model={**work.model, "channels": channels}) if channels else work
+
+
 def add_turns(parser: argparse.ArgumentParser) -> None:
     """The options of benchmarks whose sides take turns."""
     parser.add_argument("--rounds", type=int, default=5)

@@ -103,6 +103,7 @@ def extrapolate(steps: dict[int, Step], limit: float) -> int:
 
 def measure(args: argparse.Namespace, argv: Sequence[str], name: str, work: Work) -> dict[str, Any]:
     """The figures of a work, whose table is printed."""
+    work = harness.of_width(work, args.channels)
     modes = {"eager": "", "compiled": args.compile_mode}
     sides = harness.choose_sides(args.sides)
     if len(sides) > 1:
@@ -179,6 +180,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Measure and print."""
     parser = harness.new_parser(__doc__)
     parser.set_defaults(sides="ours,eager", work="p128,adm128,dit_xl2")
+    harness.add_channels(parser)
     parser.add_argument("--remat", default="none,blocks", help=f"of {', '.join(REMAT)}; commas between")
     parser.add_argument("--batches", default="", help="images, commas between; default that of the work")
     parser.add_argument("--largest", action="store_true", help="find the largest batch as well")

@@ -3,6 +3,7 @@
     pip install "jax[cuda12]"
     python -m benchmarks.planned --work=p128 --remat=none,dots,blocks
     python -m benchmarks.planned --work=adm128,dit_xl2 --batches=16,32    # and the largest batch that fits
+    python -m benchmarks.planned --work=p128 --channels=512 --batches=8   # a wider network
 
 Compiled for an H100 80GB, ours alone. Nothing runs: convolutions and products are those that XLA takes untried, so that
 their workspace may be another than on the card. Kernels are counted by their kinds, those of a loop (a DiT's blocks are
@@ -30,6 +31,7 @@ from benchmarks.harness import Work
 from benchmarks.memory import GIB, MARGIN, Step, extrapolate
 from jaxdiff import mesh as meshes
 from jaxdiff.models import forms
+from jaxdiff.models.layers import count_params
 from jaxdiff.models.unet import REMAT
 from jaxdiff.training.step import abstract_state
 
@@ -84,8 +86,11 @@ def count_kernels(text: str) -> dict[str, int]:
 
 def measure(args: argparse.Namespace, mesh: Mesh, name: str, work: Work) -> dict[str, Any]:
     """The plans of a work, whose rows are printed."""
+    work = harness.of_width(work, args.channels)
+    generator = ours.new_generator(work, harness.work_config(work, dtype="bfloat16"), mesh)
+    parameters = count_params(generator.abstract_params())
     batches = [int(b) for b in args.batches.split(",")] if args.batches else [args.batch or work.batch]
-    record: dict[str, Any] = {"parameters": work.count, "steps": []}
+    record: dict[str, Any] = {"parameters": parameters, "steps": []}
     for remat in args.remat.split(","):
         steps = {}
         for batch in batches:
@@ -97,7 +102,15 @@ def measure(args: argparse.Namespace, mesh: Mesh, name: str, work: Work) -> dict
             steps[batch] = Step(state, temporary, np.nan, np.nan)
             sizes = [f"{b / GIB:.2f}" for b in (state, temporary)]
             counts = ", ".join(f"{n} {kind}" for kind, n in kernels.items())
-            row = [name, remat, str(batch), *sizes, str(sum(kernels.values())), counts, f"{seconds:.0f}"]
+            row = [
+                f"{name}, {parameters / 1e6:,.1f} M",
+                remat,
+                str(batch),
+                *sizes,
+                str(sum(kernels.values())),
+                counts,
+                f"{seconds:.0f}",
+            ]
             print(f"| {' | '.join(row)} |", flush=True)
             entry = {"remat": remat, "batch": batch, "state": state, "temporary": temporary, "kernels": kernels}
             record["steps"].append(entry)
@@ -111,6 +124,7 @@ def measure(args: argparse.Namespace, mesh: Mesh, name: str, work: Work) -> dict
 def main(argv: Sequence[str] | None = None) -> None:
     """Compile and print."""
     parser = harness.new_parser(__doc__, sides=False)
+    harness.add_channels(parser)
     parser.add_argument("--remat", default="none", help=f"of {', '.join(REMAT)}; commas between")
     parser.add_argument("--batches", default="", help="commas between; default --batch")
     args = parser.parse_args(argv)
