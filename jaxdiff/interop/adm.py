@@ -10,8 +10,9 @@ import numpy as np
 
 from jaxdiff.errors import ConfigError
 from jaxdiff.interop.diffusers import require_fixed
-from jaxdiff.interop.tensors import Names, read_safetensors
+from jaxdiff.interop.tensors import Names
 from jaxdiff.interop.unet2d import OURS, Foreign, class_fields
+from jaxdiff.state_dicts import read_safetensors
 
 WEIGHTS = "model.safetensors"
 # What our network is, and ADM's own are; use_checkpoint and use_fp16 compute the same.

@@ -10,8 +10,9 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from jaxdiff.errors import ConfigError
-from jaxdiff.interop.tensors import Names, Tensors, export_params, import_params, read_safetensors
+from jaxdiff.interop.tensors import Names, export_params, import_params
 from jaxdiff.models import AutoencoderKL, forms
+from jaxdiff.state_dicts import Tensors, read_safetensors
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 # What our networks are; of other fields of a config any value will do.

@@ -17,9 +17,10 @@ from jaxdiff.interop.diffusers import (
     require_fixed,
     write_model,
 )
-from jaxdiff.interop.tensors import Tensors, export_params
+from jaxdiff.interop.tensors import export_params
 from jaxdiff.interop.unet2d import unet_config, unet_tensors
 from jaxdiff.models import AutoencoderKL, Network, UNet
+from jaxdiff.state_dicts import Tensors
 
 SCHEDULES = {"linear": "linear", "scaled_linear": "scaled_linear", "cosine": "squaredcos_cap_v2"}
 PREDICTIONS = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}

@@ -1,29 +1,16 @@
 """Between our parameter trees and torch's flat state dicts, given which name belongs to which parameter."""
 
-import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
 from jaxdiff.errors import ConfigError
+from jaxdiff.state_dicts import Tensors
 
-Tensors = dict[str, np.ndarray]
 # Path of a parameter, "encoder/conv_in/kernel", to the tensors that it is made of, along its last axis.
 Names = Callable[[str], list[str]]
-
-
-def read_safetensors(path: pathlib.Path, flag: str = "--from") -> Tensors:
-    """All tensors of a file, as float32; ConfigError, beginning with `flag`, when it is missing or damaged."""
-    if not path.is_file():
-        raise ConfigError(f"{flag}: there is no file {path}")
-    try:
-        with safe_open(path, framework="flax") as file:  # knows bfloat16, which numpy's does not
-            return {name: np.asarray(file.get_tensor(name), np.float32) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise ConfigError(f"{flag}: {path} is no safetensors file, or a damaged one ({error})") from None
 
 
 def to_torch(value: np.ndarray, leaf: str) -> np.ndarray:

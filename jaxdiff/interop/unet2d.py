@@ -8,8 +8,9 @@ import numpy as np
 
 from jaxdiff.errors import ConfigError
 from jaxdiff.interop.diffusers import check_groups, model_names, read_config, read_tensors, require_fixed
-from jaxdiff.interop.tensors import Names, Tensors, export_params
+from jaxdiff.interop.tensors import Names, export_params
 from jaxdiff.models import UNet
+from jaxdiff.state_dicts import Tensors
 
 # What our network is; of other fields of a config any value will do.
 FIXED = {

@@ -16,8 +16,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from jaxdiff.errors import ConfigError
-from jaxdiff.interop.tensors import Tensors
-from jaxdiff.interop.torch_files import read_state_dict
+from jaxdiff.state_dicts import Tensors, read_state_dict
 
 SIZE = 224  # pixels that it was trained at
 # Repeats, kernel size, stride of the first, expansion.

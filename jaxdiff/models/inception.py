@@ -17,8 +17,8 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from jaxdiff.errors import ConfigError
-from jaxdiff.interop.torch_files import read_state_dict
 from jaxdiff.models import efficientnet
+from jaxdiff.state_dicts import read_state_dict
 
 SIZE = 299  # pixels that it was trained at
 CLASSES = 1008

@@ -9,9 +9,9 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from jaxdiff.errors import ConfigError
-from jaxdiff.interop.torch_files import read_state_dict
 from jaxdiff.models import efficientnet
 from jaxdiff.models.layers import Dtype
+from jaxdiff.state_dicts import read_state_dict
 
 Images = Float[Array, "batch h w 3"]
 # Convolutions of VGG-16 up to each of the five maps that LPIPS compares, by torchvision's numbers.

@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 
 from jaxdiff.errors import ConfigError
-from jaxdiff.interop.torch_files import read_state_dict
+from jaxdiff.state_dicts import read_state_dict
 
-GOLDEN = pathlib.Path(__file__).parent.parent / "golden"
+GOLDEN = pathlib.Path(__file__).parent / "golden"
 
 
 @pytest.mark.parametrize("kind", ["zip", "legacy"])

@@ -1,4 +1,4 @@
-"""State dicts saved by torch, read without torch and without running what a pickle asks for."""
+"""State dicts in files: safetensors, and what torch saved, read without torch and without running a pickle's code."""
 
 import collections
 import pathlib
@@ -9,9 +9,11 @@ from typing import IO, Any
 
 import ml_dtypes
 import numpy as np
+from safetensors import SafetensorError, safe_open
 
 from jaxdiff.errors import ConfigError
-from jaxdiff.interop.tensors import Tensors, read_safetensors
+
+Tensors = dict[str, np.ndarray]
 
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # first object of files made before torch 1.6
 MALFORMED = (AttributeError, EOFError, LookupError, TypeError, ValueError)  # what reading other bytes ends in
@@ -107,6 +109,17 @@ def _read_legacy(path: pathlib.Path) -> Any:
             dtype = np.dtype(storages[key].dtype)
             storages[key].data = np.frombuffer(file.read(count * dtype.itemsize), dtype, count)
     return state
+
+
+def read_safetensors(path: pathlib.Path, flag: str = "--from") -> Tensors:
+    """All tensors of a file, as float32; ConfigError, beginning with `flag`, when it is missing or damaged."""
+    if not path.is_file():
+        raise ConfigError(f"{flag}: there is no file {path}")
+    try:
+        with safe_open(path, framework="flax") as file:  # knows bfloat16, which numpy's does not
+            return {name: np.asarray(file.get_tensor(name), np.float32) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise ConfigError(f"{flag}: {path} is no safetensors file, or a damaged one ({error})") from None
 
 
 def read_state_dict(path: pathlib.Path, flag: str) -> Tensors:
