@@ -1,14 +1,9 @@
 """Every impossible config is one line that names the field, its value and what is allowed, before anything compiles."""
 
-import json
-import pathlib
-
 import pytest
-from ml_collections import ConfigDict
 
-from configs import ddpm, ladder, ldm_cfg, vae
-from jaxdiff.config import check, fields, files
-from jaxdiff.config.overrides import USED, check_overrides
+from configs import ddpm, ldm_cfg, vae
+from jaxdiff.config import check, fields
 from jaxdiff.errors import ConfigError
 
 CONFIGS = {"ldm": ldm_cfg, "ddpm": ddpm, "vae": vae}
@@ -170,61 +165,6 @@ def test_a_dit_takes_the_place_of_the_unet_of_any_preset(experiment):
         check.validate(config, 8)
 
 
-def test_fields_of_the_unet_are_not_given_for_a_dit():
-    config = ConfigDict({"ldm": config_of("ldm")})
-    given = ["ldm.model.name", "ldm.model.dropout", "ldm.lr", "ldm.model.channels"]
-    check_overrides(config, given)
-    config.ldm.model.name = "dit_s2"
-    check_overrides(config, given[:-1])
-    line = "config.ldm.model.channels = 64: must be left out with ldm.model.name = 'dit_s2', which has of ldm.model"
-    with pytest.raises(ConfigError, match=line):
-        check_overrides(config, given)
-
-
-ADVERSARY = {"autoencoder.disc_weight": 0.1}
-EDM = {"diffusion.schedule": "edm", "diffusion.prediction": "edm"}
-
-
-@pytest.mark.parametrize(
-    ("field", "unused", "used"),
-    [
-        ("data.path", {}, {"data.source": "npz"}),
-        ("data.prepared", {"data.source": "npz"}, {"data.source": "folder"}),
-        ("diffusion.beta_start", {"diffusion.schedule": "cosine"}, {"diffusion.schedule": "scaled_linear"}),
-        ("diffusion.beta_end", EDM, {"diffusion.schedule": "linear"}),
-        ("diffusion.sigma_data", {}, EDM),
-        ("sample.sigmas", {"diffusion.schedule": "flow"}, EDM),
-        ("model.downsample_padding", {}, {"model.resblock_updown": False}),
-        ("autoencoder.disc_start", {}, ADVERSARY),
-        ("autoencoder.disc_layers", {}, ADVERSARY),
-        ("eval.k", {}, {"eval.scores": ("fd", "precision_recall")}),
-        ("eval.splits", {}, {"eval.scores": ("is",)}),
-        ("eval.nll_num", {}, {"eval.nll": True}),
-        ("eval.every_num", {}, {"eval.every": 5}),
-    ],
-)
-def test_fields_that_nothing_would_look_at(field, unused, used):
-    assert field in USED
-    config = config_of("ldm")
-    config.update_from_flattened_dict(unused)
-    other = USED[field][0]
-    line = rf"^config.{field} = .*: must be left out with {other} = "
-    with pytest.raises(ConfigError, match=line):
-        check_overrides(config, ["lr", field])
-    check_overrides(config, ["lr"])
-    config.update_from_flattened_dict(used)
-    check_overrides(config, [field])
-
-
-def test_fields_of_a_ladder_s_training_that_nothing_would_look_at():
-    config = ladder.get_config("digits")
-    check_overrides(config, ["ddpm.diffusion.beta_start", "eval.scores", "minutes"])
-    config.ldm.diffusion.schedule = "cosine"
-    line = "config.ldm.diffusion.beta_end = 0.02: must be left out with ldm.diffusion.schedule = 'cosine'"
-    with pytest.raises(ConfigError, match=line):
-        check_overrides(config, ["ldm.diffusion.beta_end"])
-
-
 def test_tfds_by_name():
     data = CONFIGS["ldm"].get_config("tfds:imagenette/160px").data
     assert (data.source, data.name) == ("tfds", "imagenette/160px")
@@ -325,57 +265,6 @@ def test_unknown_data_set():
         ldm_cfg.get_config("cifar")
 
 
-def test_a_config_comes_back_from_its_file(tmp_path):
-    for experiment in CONFIGS:
-        config = config_of(experiment)
-        files.save(config, tmp_path / "config.json")
-        assert files.load(tmp_path / "config.json").to_dict() == config.to_dict()
-    config = config_of("ldm")
-    for guidance in (3.0, (0.0, 1.5), 2):  # of either type, before and after
-        config.sample.guidance = guidance
-        files.save(config, tmp_path / "config.json")
-        config = files.load(tmp_path / "config.json")
-        assert config.sample.guidance == guidance
-
-
-def test_whose_a_workdir_is(tmp_path):
-    config = config_of("ldm")
-    files.claim_workdir(config, tmp_path / "run")
-    config.update_from_flattened_dict(
-        {"sample.steps": 7, "data.path": "moved", "data.threads": 1, "log_every": 1, "autoencoder.train.keep": 9}
-    )
-    config.model.update(remat="blocks", attention_chunk=16)
-    files.claim_workdir(config, tmp_path / "run")  # all of these may change
-    assert files.load(tmp_path / "run" / "config.json").sample.steps == 7
-    for field, value in (("model.channels", 256), ("autoencoder.path", "x"), ("data.flip", True), ("seed", 1)):
-        other = config.copy_and_resolve_references()
-        other.update_from_flattened_dict({field: value})
-        with pytest.raises(ConfigError, match=rf"config.{field} = {value!r}: .* was made with"):
-            files.claim_workdir(other, tmp_path / "run")
-        assert files.load(tmp_path / "run" / "config.json") == config
-    with pytest.raises(ConfigError, match="config.experiment = 'ddpm': .* was made with 'ldm'"):
-        files.claim_workdir(config_of("ddpm"), tmp_path / "run")
-
-
-def test_a_workdir_of_an_earlier_version(tmp_path):
-    config = config_of("ldm")
-    config.autoencoder.update(norm_groups=32, scores=())
-    files.claim_workdir(config, tmp_path)
-    old = json.loads((tmp_path / "config.json").read_text())
-    for field in files.ADDED_FIELDS:
-        *parts, name = field.split(".")
-        group = old
-        for part in parts:
-            group = group[part]
-        del group[name]
-    (tmp_path / "config.json").write_text(json.dumps(old))
-    assert files.load(tmp_path / "config.json") == config
-    files.check_workdir(config, tmp_path)
-    config.autoencoder.norm_groups = 8
-    with pytest.raises(ConfigError, match="config.autoencoder.norm_groups = 8: .* was made with 32"):
-        files.check_workdir(config, tmp_path)
-
-
 def test_patches_must_fit_into_the_image():
     config = config_of("vae")
     config.autoencoder.disc_layers = 4
@@ -383,16 +272,6 @@ def test_patches_must_fit_into_the_image():
     config.autoencoder.disc_weight = 0.5
     with pytest.raises(ConfigError, match="config.autoencoder.disc_layers = 4: must be less for images of 32 pixels"):
         check.validate(config, 1)
-
-
-@pytest.mark.parametrize("kind", ["file", "folder"])
-def test_what_is_no_workdir_is_left_alone(tmp_path: pathlib.Path, kind):
-    precious = tmp_path / "x" if kind == "file" else tmp_path / "x" / "thesis.tex"
-    precious.parent.mkdir(exist_ok=True)
-    precious.write_text("years of work")
-    with pytest.raises(ConfigError, match="exists and is not a jaxdiff workdir"):
-        files.claim_workdir(config_of("ldm"), tmp_path / "x")
-    assert precious.read_text() == "years of work" and len(list(tmp_path.rglob("*"))) == (1 if kind == "file" else 2)
 
 
 @pytest.mark.parametrize(
