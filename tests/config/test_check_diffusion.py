@@ -95,3 +95,13 @@ def test_techniques_that_contradict_each_other(possible, change, words):
     with pytest.raises(ConfigError, match=words) as error:
         check.validate(config, 8)
     assert "\n" not in str(error.value)
+
+
+def test_steps_of_an_evaluation_begin_near_the_noisiest_timestep_too():
+    config = ddpm.get_config("digits")
+    config.sample.spacing = "leading"
+    config.eval.steps = (50, 334)
+    with pytest.raises(ConfigError, match=r"config.eval.steps = 334: must be such that .*, not at t = 666: a divisor"):
+        check.validate_eval(config)
+    config.eval.steps = (50, 250)
+    check.validate_eval(config)
