@@ -184,10 +184,10 @@ def workdir_config(
         raise ConfigError(f"--workdir={workdir}: no config.json there; give the workdir of a training run")
     config = files.load(path)
     if config.experiment == "ladder":
-        runs = (
-            ", ".join(sorted(str(found.parent) for found in workdir.glob("*/config.json"))) or "none of which has begun"
+        runs = ", ".join(sorted(str(found.parent) for found in workdir.glob("*/config.json")))
+        raise ConfigError(
+            f"--workdir={workdir}: is a ladder's; give that of one of its trainings: {runs or 'none has begun'}"
         )
-        raise ConfigError(f"--workdir={workdir}: is a ladder's; give that of one of its trainings: {runs}")
     if named not in (None, config.name):
         raise ConfigError(f"--config: {workdir} was made with {config.name}, not {named}; leave --config out")
     for field in overrides:
@@ -230,8 +230,9 @@ def evaluate(workdir: pathlib.Path, named: str | None, overrides: dict[str, Any]
     if e.images:  # there is nothing to draw
         drawing = ("eval.steps", "eval.num", "eval.nll", "eval.nll_num")
         given = [f"--config.{field}" for field in overrides if field in drawing or field.startswith("sample.")]
-        for flag in [*given, *(["--step"] if step is not None else [])]:
-            raise ConfigError(f"config.eval.images = {e.images!r}: must be left out with {flag}")
+        given += ["--step"] if step is not None else []
+        if given:
+            raise ConfigError(f"config.eval.images = {e.images!r}: must be left out with {given[0]}")
     start()
     check.validate_data(config)
     check.validate_sample(config)
